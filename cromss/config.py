@@ -7,10 +7,9 @@ __all__ = ['PRESETS', 'CONFIG_VERSION', 'CromssError', 'ConfigError', 'DataError
            'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'field_names', 'to_dict', 'from_dict',
            'save_config', 'load_config', 'project_root', 'resolve']
 
-# %% ../nbs/00_config.ipynb #1807c8e3
+# %% ../nbs/00_config.ipynb #9b2f17be
 import difflib
-import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -193,6 +192,7 @@ PRESETS = {
 
 def preset(
     name="demo",   # "demo" or "paper"
+    /,
     **changes,     # fields of PretrainConfig; None leaves the preset's value
 ):
     "A PretrainConfig: the named preset with some fields changed. Raises ConfigError for unknown names."

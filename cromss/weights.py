@@ -81,7 +81,7 @@ In training the values had been stored as one byte each (rounded down), then div
 | channel | band | mean ({s["units"]}) | std ({s["units"]}) |
 |---|---|---|---|
 {rows}
-{_level_note(s)}
+{_level_note(s)}{_depth_note(config["network"].get("encoder_depth"))}
 ## Use
 
 With this package: `cromss.weights.load_encoder(folder, bands=[...])`. Without it, in this folder:
@@ -95,6 +95,10 @@ def _level_note(sensor):
     "What must be known of a processing level before its values are used."
     if sensor["units"] == "DN": return "\nDN are reflectance x 10000. Products of processing baseline 04.00 and later carry +1000: subtract it first.\n"
     return "\nDecibels, not linear power.\n" if sensor["units"] == "dB" else ""
+
+def _depth_note(depth):
+    "That stages beyond a shallow encoder's depth, which its file still holds, are untrained."
+    return f"\nOf the encoder's stages the first {depth} were trained; deeper ones, where the file has any, are random.\n" if depth and depth < 5 else ""
 
 # %% ../nbs/15_weights.ipynb #63917232
 def save_encoder(

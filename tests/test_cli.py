@@ -1,0 +1,218 @@
+"The cromss command: layering of settings, one-line errors, exit codes. In process, for an interpreter costs seconds."
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from cromss import cli
+from cromss.config import ConfigError, PretrainConfig, SelectionConfig, preset, save_config
+
+
+def run(capsys, *tokens):
+    "Exit code, stdout and stderr of a call."
+    capsys.readouterr()
+    try: code = cli.main([str(t) for t in tokens])
+    except SystemExit as e: code = e.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# settings --------------------------------------------------------------------------------------------------------------------------
+
+def test_without_options_the_demo():
+    assert cli.read_config([]) == preset("demo")
+
+
+@pytest.mark.parametrize("tokens, field, value", [
+    (["--epochs", "3"], "epochs", 3),
+    (["--batch-size=4"], "batch_size", 4),
+    (["--batch_size", "4"], "batch_size", 4),
+    (["--learning-rate", "5e-3"], "learning_rate", 5e-3),
+    (["--sensors", "s2"], "sensors", ("s2",)),
+    (["--sensors", "[s2, s1]"], "sensors", ("s2", "s1")),
+    (["--sensors=s1,s2,dem"], "sensors", ("s1", "s2", "dem")),
+    (["--bands", "{s2: [B4, B3]}"], "bands", {"s2": ["B4", "B3"]}),
+    (["--bands", "{s2: 9}"], "bands", {"s2": 9}),
+    (["--decoder_channels", "32,16"], "decoder_channels", (32, 16)),
+    (["--encoder_depth", "null"], "encoder_depth", None),
+    (["--rotation", "true"], "rotation", True),
+    (["--devices", "2"], "devices", 2),
+    (["--name", "20240101"], "name", "20240101"),
+    (["--selection", "false"], "selection", None),
+    (["--selection=off"], "selection", None),
+    (["--selection", "true"], "selection", preset("demo").selection),
+    (["--smoothing.kind", "t"], "smoothing", preset("demo", smoothing={"kind": "t"}).smoothing),
+    (["--preset", "paper", "--selection.keep", "0.7"], "selection", SelectionConfig(method="exact", keep=0.7)),
+    (["--preset", "paper", "--selection.per-class", "false"], "selection", SelectionConfig(method="exact", per_class=False)),
+])
+def test_every_kind_of_value(tokens, field, value):
+    assert getattr(cli.read_config(tokens), field) == value
+
+
+def test_options_over_file_over_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: paper\nepochs: 50\nbatch_size: 16\nselection: {keep: 0.4}\nsmoothing: false\n")
+    config = cli.read_config(["--config", str(path), "--epochs", "7"])
+    assert (config.preset, config.epochs, config.batch_size, config.learning_rate) == ("paper", 7, 16, 5e-3)
+    assert config.selection == SelectionConfig(method="exact", keep=0.4) and config.smoothing is None
+
+
+@pytest.mark.parametrize("config", [
+    preset("demo"), preset("paper", epochs=3), preset("demo", selection=False, smoothing=False), PretrainConfig(encoder="resnet50")],
+    ids=["demo", "paper", "switched off", "no preset's"])
+def test_a_runs_config_gives_the_same_run(config, tmp_path):
+    save_config(config, tmp_path / "config.yaml")
+    assert cli.read_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_print_config_is_a_config_file(capsys, tmp_path):
+    code, out, _ = run(capsys, "pretrain", "--preset", "paper", "--epochs", 9, "--print-config")
+    (tmp_path / "again.yaml").write_text(out)
+    assert code == 0 and cli.read_config(["--config", str(tmp_path / "again.yaml")]) == preset("paper", epochs=9)
+
+
+def test_every_field_has_an_option_and_a_help(capsys):
+    code, out, _ = run(capsys, "pretrain", "--help")
+    assert code == 0
+    for name, comment in cli.field_comments(PretrainConfig).items(): assert f"--{name} " in out and comment[:12].split(" ")[0] in out, name
+    for name, cls in cli.NESTED.items():
+        for field in cli.field_comments(cls): assert f"--{name}.{field}" in out
+
+
+# mistakes --------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tokens, message", [
+    (["pretrain", "--epoch", "3"], "unknown option '--epoch'; did you mean '--epochs'?"),
+    (["pretrain", "--selection.kep", "1"], "did you mean '--selection.keep'?"),
+    (["pretrain", "--epochs", "x"], "--epochs: expected int, got x"),
+    (["pretrain", "--epochs"], "--epochs: expected one argument"),
+    (["pretrain", "--epochs", "0"], "epochs=0: must be a whole number"),
+    (["pretrain", "--selection.keep", "1.5"], "selection.keep=1.5"),
+    (["pretrain", "--bands", "nine"], "--bands: expected"),
+    (["pretrain", "--preset", "papr"], "preset='papr': choose one of 'demo', 'paper'"),
+    (["pretrain", "--config", "no.yaml"], "no.yaml: cannot be read"),
+    (["pretrain", "stray"], "unrecognized arguments: stray"),
+    (["pretran"], "unknown command 'pretran'; did you mean 'pretrain'?"),
+    (["verify"], "required: folder"),
+    (["prepare", "only-one"], "required: folder"),
+    (["init"], "required: folder"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, tokens, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *tokens)
+    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("cromss: ") and message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_in_a_file_name_it(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text, message in (("epoch: 3\n", "did you mean 'epochs'?"), ("config_version: 99\n", "config_version 99"), ("a: [", "not valid YAML"),
+                          ("selection: {kep: 1}\n", "did you mean 'keep'?")):
+        path.write_text(text)
+        code, _, err = run(capsys, "pretrain", "--config", path)
+        assert code == 2 and message in err, err
+
+
+def test_an_error_may_bring_its_exit_code(capsys, monkeypatch):
+    def stop(tokens):
+        error = ConfigError("stopped;\n resumable")
+        error.exit_code = 75
+        raise error
+    monkeypatch.setitem(cli.COMMANDS, "verify", (stop, "", ""))
+    assert run(capsys, "verify") == (75, "", "cromss: stopped; resumable\n")
+
+
+def test_interrupted(capsys, monkeypatch):
+    def stop(tokens): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.COMMANDS, "verify", (stop, "", ""))
+    assert run(capsys, "verify")[0] == 130
+
+
+# commands --------------------------------------------------------------------------------------------------------------------------
+
+def fake(monkeypatch, name, **members):
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_dry_run_and_run(capsys, monkeypatch):
+    seen = []
+    def estimate(config): return {"steps": 12345, "memory_gb": 1.23456, "sensors": ("s1", "s2"), "exact": True}
+    def pretrain(config): return seen.append(config) or types.SimpleNamespace(folder=Path("runs/x"))
+    fake(monkeypatch, "cromss.pretraining", estimate=estimate, pretrain=pretrain)
+    assert run(capsys, "pretrain", "--dry-run")[:2] == (0, "steps      12,345\nmemory_gb  1.235\nsensors    s1, s2\nexact      True\n") and not seen
+    assert run(capsys, "pretrain", "--epochs", 2)[:2] == (0, f"{Path('runs/x')}\n") and seen == [preset("demo", epochs=2)]
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "pretrain")[:2] == (0, "")
+
+
+def test_prepare_passes_what_was_given(capsys, monkeypatch, tmp_path):
+    seen = {}
+    class Store:
+        folder, season_count, sensors = tmp_path, 4, {"s1": types.SimpleNamespace(num_bands=2)}
+        manifest = {"info": {"report": {"dropped": {"missing sensor": ["a", "b", "c", "d"]}, "dropped_seasons": {"no label": ["e 2020"]}}}}
+        def __len__(self): return 1234
+    def prepare(source, folder, **options):
+        seen.update(source=source, folder=folder, **options)
+        return Store()
+    fake(monkeypatch, "cromss.prepare", prepare=prepare)
+    code, out, _ = run(capsys, "prepare", "data", "out dir", "--allow-resample", "--patch", 64, "--sensors", "s1,dem")
+    assert code == 0 and seen == dict(source="data", folder="out dir", allow_resample=True, patch=64, sensors=("s1", "dem"))
+    assert "1,234 locations, 4 seasons, s1 (2 bands)" in out and "locations left out, missing sensor: 4 (a, b, c, ...)" in out and "seasons left out, no label: 1 (e 2020)" in out
+
+
+def test_verify_a_store(capsys, tmp_path):
+    store = pytest.importorskip("cromss.store")
+    import numpy as np
+    from cromss.classes import SCHEMES
+    from cromss.sensors import SENSORS
+    image = np.arange(2 * 16 * 16, dtype=np.uint8).reshape(2, 16, 16)
+    places = [store.Location(k, ("2020",), {"s1": [image]}, [image[0] % 9]) for k in "ab"]
+    store.write_store(tmp_path / "st ore", places, {"s1": SENSORS["s1"]}, SCHEMES["dynamic-world"])
+    code, out, err = run(capsys, "verify", tmp_path / "st ore")
+    assert code == 0 and "locations  2" in out and "problems   0" in out
+    shard = next((tmp_path / "st ore").glob("shard-*.lmdb"))
+    content = bytearray(shard.read_bytes())
+    at = content.find(bytes(range(64)))                    # inside an image
+    content[at] ^= 1
+    shard.write_bytes(content)
+    code, out, _ = run(capsys, "verify", tmp_path / "st ore")
+    assert code == 1 and "- " in out
+    os.truncate(shard, 100)
+    code, _, err = run(capsys, "verify", tmp_path / "st ore")
+    assert code == 1 and err.count("\n") == 1
+    code, _, err = run(capsys, "verify", tmp_path / "nothing")
+    assert code == 2 and "cromss prepare" in err
+
+
+def test_init_copies_and_does_not_overwrite(capsys, tmp_path, monkeypatch):
+    template = tmp_path / "pretrain.ipynb"
+    template.write_text("{}")
+    monkeypatch.setattr(cli, "_templates", lambda: [template])
+    code, out, _ = run(capsys, "init", tmp_path / "mine")
+    assert code == 0 and out == f"{tmp_path / 'mine' / 'pretrain.ipynb'}\n" and (tmp_path / "mine" / "pretrain.ipynb").read_text() == "{}"
+    (tmp_path / "mine" / "pretrain.ipynb").write_text("changed")
+    code, _, err = run(capsys, "init", tmp_path / "mine")
+    assert code == 2 and "not overwritten" in err and (tmp_path / "mine" / "pretrain.ipynb").read_text() == "changed"
+
+
+def test_version_and_help(capsys):
+    from cromss import __version__
+    assert run(capsys, "--version")[:2] == (0, f"cromss {__version__}\n")
+    for tokens in ((), ("--help",), ("-h",)):
+        code, out, _ = run(capsys, *tokens)
+        assert code == 0 and all(name in out for name in cli.COMMANDS)
+    for name in cli.COMMANDS: assert run(capsys, name, "--help")[0] == 0
+
+
+def test_help_imports_nothing_heavy():
+    "In a process of its own: help is quick because no library is loaded, which can be told on a busy machine too."
+    code = ("import sys, contextlib, io\nfrom cromss.cli import main\n"
+            "with contextlib.redirect_stdout(io.StringIO()):\n    try: main(['pretrain', '--help'])\n    except SystemExit: pass\n"
+            "print([m for m in ('torch', 'numpy', 'lightning', 'rasterio', 'matplotlib', 'pandas') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(cli.__file__).parent.parent)
+    assert done.stdout.strip() == "[]", done.stderr
