@@ -30,15 +30,17 @@ $(STAMP): requirements.lock settings.ini setup.py
 	    echo "no virtual environment could be made: install Python's venv module (Debian and Ubuntu: python3-venv), or uv" >&2; exit 1; }
 	@$(PY) -m uv --version >/dev/null 2>&1 || { $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null; \
 	    $(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); }
-	$(PY) -m uv pip install --quiet --python $(PY) -r requirements.lock
+	@echo "Installing requirements.lock into $(VENV), once. The download is large, for PyTorch brings its CUDA libraries on Linux."
+	$(PY) -m uv pip install --python $(PY) -r requirements.lock
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The executed notebook lies in the run's own folder, beside its metrics. ARGS passes parameters on: make pretrain ARGS="-p epochs 2"
 pretrain: setup  ## pretrain on the built-in scenes by papermill (NAME=..., ARGS="-p epochs 2 ...")
 	@mkdir -p "$(RUN)"
-	$(PY) -m papermill nbs/pretrain.ipynb "$(RUN)/pretrain.ipynb" -r name "$(NAME)" $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
-	@$(PY) -m nbconvert --to html --log-level ERROR "$(RUN)/pretrain.ipynb"
+	$(PY) -m papermill nbs/pretrain.ipynb "$(RUN)/pretrain.ipynb" -r name "$(NAME)" $(ARGS) --no-progress-bar --stdout-file - --stderr-file - \
+	    || { echo "The run stopped. The notebook up to there is $(RUN)/pretrain.ipynb" >&2; exit 1; }
+	@$(PY) -m nbconvert --to html --HTMLExporter.exclude_raw=True --log-level ERROR "$(RUN)/pretrain.ipynb"
 	@echo
 	@echo "The run lies in      $(RUN)"
 	@echo "To read it, open     $(RUN)/pretrain.html   (or pretrain.ipynb, in JupyterLab)"

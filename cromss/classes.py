@@ -183,7 +183,7 @@ def load_scheme(
     if isinstance(name, dict): return ClassScheme.from_dict(name)
     if str(name) in SCHEMES: return SCHEMES[str(name)]
     path = Path(name)
-    if path.suffix.lower() not in (".yaml", ".yml"): check_names([str(name)], SCHEMES, "class scheme (or a YAML file)")
+    if path.suffix.lower() not in (".yaml", ".yml"): check_names([str(name)], SCHEMES, "class scheme")
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"{path}: class scheme cannot be read ({e.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None

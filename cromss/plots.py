@@ -41,7 +41,9 @@ def stretch(
     "The image stretched to 0..1 between two percentiles, band by band; NaN and invalid values become 0."
     image = np.asarray(image, np.float32)
     flat = image.reshape(-1, image.shape[-2] * image.shape[-1]) if image.ndim == 3 else image.reshape(1, -1)
-    dark, bright = (np.nanpercentile(np.where(np.isfinite(flat), flat, np.nan), q, axis=1) for q in (low, high))
+    finite = np.isfinite(flat)
+    known = np.where(finite | ~finite.any(1, keepdims=True), flat, np.nan)
+    dark, bright = np.nanpercentile(np.where(finite.any(1, keepdims=True), known, 0), (low, high), axis=1)
     span = np.maximum(bright - dark, 1e-6)
     if together: span[:] = span.max()
     out = (flat - dark[:, None]) / span[:, None]
@@ -74,7 +76,7 @@ def picture(
     return true_color(image, sensor)
 
 # %% ../nbs/13_plots.ipynb #b924f875
-_DPI = 75
+_DPI = 72
 
 def _figure(width, height, layout="constrained"):
     "An empty Figure that pyplot has let go of, so that a notebook shows it once."

@@ -20,8 +20,13 @@ from .config import ConfigError, DataError, check_names
 from .sensors import SENSORS, encode
 from .store import Location
 
-# %% ../nbs/05_scenes.ipynb #1ad3f34c
+# %% ../nbs/05_scenes.ipynb #5e17a82d
 NOISE_KINDS = ("right", "appearance", "boundary", "blobs", "season", "object")  # index = value in a map of noise kinds
+
+def _between(config, name, low, high):
+    value = getattr(config, name)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not ok: raise ConfigError(f"{name}={value!r}: must be a number from {low} to {high}")
 
 @dataclass(frozen=True)
 class SceneConfig:
@@ -32,7 +37,7 @@ class SceneConfig:
     season: float = 0.049      # share wrong as objects that take the class of another season, or its look
     object: float = 0.044      # share wrong as whole objects of a similar class, half of them in every season
     unevenness: float = 0.35   # spread of these shares from scene to scene, relative
-    likeness: float = 0.10     # how far the classes' means are drawn together: 0 as tabulated, 1 all the same
+    likeness: float = 0.06     # how far the classes' means are drawn together: 0 as tabulated, 1 all the same
     spread: float = 1.0        # differences between objects of one class; 0 none
     texture: float = 1.0       # differences between the pixels of one object; 0 none
     looks: float = 12.0        # looks of Sentinel-1's speckle: fewer are noisier
@@ -40,11 +45,10 @@ class SceneConfig:
     cold: float = 0.25         # share of places with snow
 
     def __post_init__(self):
-        for name in ("appearance", "boundary", "blobs", "season", "object", "unevenness", "likeness", "cloudy", "cold"):
-            if not 0 <= getattr(self, name) <= 1: raise ConfigError(f"{name}={getattr(self, name)!r}: must be a share, from 0 to 1")
-        for name in ("spread", "texture"):
-            if not 0 <= getattr(self, name) <= 10: raise ConfigError(f"{name}={getattr(self, name)!r}: must be from 0 to 10")
-        if not self.looks >= 1: raise ConfigError(f"looks={self.looks!r}: must be 1 or more")
+        for name in ("appearance", "boundary", "blobs", "season", "object", "unevenness", "likeness", "cloudy", "cold"): _between(self, name, 0, 1)
+        for name in ("spread", "texture"): _between(self, name, 0, 10)
+        _between(self, "looks", 1, 1000)
+        if sum(self.rates.values()) > .9: raise ConfigError(f"the shares of label noise sum to {sum(self.rates.values()):.2f}: at most 0.9 can be wrong")
 
     @property
     def rates(self):
@@ -214,12 +218,12 @@ _ENDMEMBERS = np.array([
 _AIR = np.array([1150, 820, 580, 350, 280, 220, 180, 150, 130, 70, 6, 20, 10], np.float32)   # what the air alone sends back: shade does not darken it
 _CLOUD = np.array([4300, 4200, 4100, 4200, 4300, 4500, 4600, 4500, 4600, 2300, 260, 3600, 2700], np.float32)
 #                    water trees grass flooded crops shrub built bare  snow
-_GREEN_LOW  = np.array([.00, .70,  .34,  .45,   .10,  .26,  .08,  .02, .00], np.float32)   # in winter
-_GREEN_HIGH = np.array([.00, .90,  .80,  .74,   .90,  .55,  .20,  .10, .00], np.float32)   # in summer
+_GREEN_LOW  = np.array([.00, .70,  .40,  .45,   .10,  .26,  .08,  .02, .00], np.float32)   # in winter
+_GREEN_HIGH = np.array([.00, .90,  .84,  .74,   .90,  .55,  .20,  .10, .00], np.float32)   # in summer
 _BUILT_PART = np.array([.00, .00,  .00,  .00,   .00,  .00,  .66,  .00, .00], np.float32)
 _WATER_PART = np.array([.96, .00,  .00,  .30,   .00,  .00,  .00,  .00, .00], np.float32)
 _SNOW_PART  = np.array([.00, .00,  .00,  .00,   .00,  .00,  .00,  .00, .90], np.float32)
-_BRIGHT     = np.array([1.0, .74,  .97,  .86,   1.10,  .90,  1.0,  1.1, 1.0], np.float32)   # crowns cast shade
+_BRIGHT     = np.array([1.0, .74,  .92,  .86,   1.10,  .90,  1.0,  1.1, 1.0], np.float32)   # crowns cast shade
 _GRAIN      = np.array([.04, .11,  .06,  .10,   .03,  .11,  .17,  .07, .06], np.float32)   # pixel differences, relative
 _TYPICAL = np.array([.42, .42, .08, .06, .02], np.float32)                                  # the mixture that `likeness` draws to
 
@@ -259,7 +263,7 @@ def _haze(rng, seasons, size, cloudy):
 def _coarsen(image, sensor):
     "Bands of 20 and 60 m carry less detail than those of 10 m; image (H, W, 13)."
     side = image.shape[0]
-    for metres, bands in ((20, ("B5", "B6", "B7", "B8A", "B11", "B12")), (60, ("B1", "B9", "B10"))):
+    for metres, bands in ((20, ("B5", "B6", "B7")), (20, ("B8A", "B11", "B12")), (60, ("B1", "B9", "B10"))):   # OpenCV takes four at most
         which, small = sensor.indices(bands), max(1, round(side * 10 / metres))
         part = cv2.resize(np.ascontiguousarray(image[..., which]), (small, small), interpolation=cv2.INTER_AREA)
         image[..., which] = cv2.resize(part, (side, side), interpolation=cv2.INTER_LINEAR)
@@ -274,10 +278,10 @@ def _see_s2(rng, truth, objects, green, shade, config):
     seasons, size = truth.shape[0], truth.shape[-1]
     count = objects.max() + 1
     grain = config.texture * _GRAIN[truth] * smooth_field(rng, seasons, size, .6)
-    light = config.spread * (_normal(rng, .09, count) + _normal(rng, .04, seasons, count))[:, objects]
+    light = config.spread * (_normal(rng, .07, count) + _normal(rng, .04, seasons, count))[:, objects]
     light = _BRIGHT[truth] * np.clip(1 + light, .6, 1.5) * (1 + grain) * (1 + shade) * (1 + _normal(rng, .05, seasons, 1, 1))
     image = _fractions(truth, green - .5 * grain, config.likeness) @ (_ENDMEMBERS - _AIR)      # (S, H, W, 13), the ground's part
-    tilt = _normal(rng, .06 * config.spread, count, 3)                  # colour: visible, near and short-wave infrared
+    tilt = _normal(rng, .045 * config.spread, count, 3)                  # colour: visible, near and short-wave infrared
     image *= (1 + tilt.repeat((5, 6, 2), axis=1))[objects]
     image *= light[..., None]
     image += _AIR * (1 + _normal(rng, .05, seasons, 1, 1, 1))
@@ -303,7 +307,7 @@ def _see_s1(rng, truth, objects, green, slope, config):
     count = objects.max() + 1
     mean = np.stack([_VV[truth], _VH[truth]], 1)                                             # (S, 2, H, W)
     mean += config.likeness * (_TYPICAL_DB - mean) + (_PER_GREEN * (_GREEN_VH[truth] * (green - .5))[:, None])
-    own = _normal(rng, .9, 1, 2, count) + _normal(rng, .5, seasons, 2, count)
+    own = _normal(rng, .8, 1, 2, count) + _normal(rng, .5, seasons, 2, count)
     wind = _normal(rng, 1.5, seasons, 1, 1, 1) * (truth == WATER)[:, None]
     rough = config.texture * (_ROUGH[truth] * smooth_field(rng, seasons, size, .8))[:, None]
     mean += config.spread * own[:, :, objects] + wind + rough + 10 * slope
@@ -349,7 +353,7 @@ def _greenness(rng, truth, objects, config):
     year = green_season(seasons)[:, None, None]
     green = _GREEN_LOW[truth] + year * (_GREEN_HIGH - _GREEN_LOW)[truth]
     fields = rng.uniform(.20, .98, (seasons, count))[:, objects]
-    green = np.where(truth == CROPS, fields, green + config.spread * rng.normal(0, .10, count)[objects])
+    green = np.where(truth == CROPS, fields, green + config.spread * rng.normal(0, .07, count)[objects])
     return (green + .04 * config.texture * smooth_field(rng, seasons, truth.shape[-1], 2.5)).astype(np.float32)
 
 # %% ../nbs/05_scenes.ipynb #0047b301
@@ -501,13 +505,17 @@ class ScenesSource:
         sensors=("s1", "s2"),    # any of SCENE_SENSORS, in the order they shall have
         scheme=None,             # a ClassScheme whose raw values are Dynamic World's ids, its name or YAML file; None: "dynamic-world"
     ):
-        for name, value, low in (("count", count, 1), ("size", size, 16), ("seasons", seasons, 1), ("seed", seed, 0)):
-            if not isinstance(value, (int, np.integer)) or value < low: raise ConfigError(f"{name}={value!r}: must be a whole number, {low} or more")
+        for name, value, low, high in (("count", count, 1, 10 ** 8), ("size", size, 16, 4096), ("seasons", seasons, 1, 12), ("seed", seed, 0, 2 ** 63)):
+            if not isinstance(value, (int, np.integer)) or not low <= value <= high: raise ConfigError(f"{name}={value!r}: must be a whole number from {low} to {high}")
+        sensors = tuple(sensors.replace(",", " ").split()) if isinstance(sensors, str) else tuple(sensors)
         check_names(sensors, SCENE_SENSORS, "sensor of scenes")
+        if not sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")
+        if len(set(sensors)) < len(sensors): raise ConfigError(f"sensors={sensors!r}: a sensor is named twice")
         self.count, self.size, self.season_count, self.seed = int(count), int(size), int(seasons), int(seed)
         self.config, self.preset = scene_config(preset), preset if isinstance(preset, str) else "custom"
         self.sensors = {name: SENSORS[name] for name in sensors}
         self.scheme = load_scheme(scheme or "dynamic-world")
+        if self.scheme.name in ("dfc2020", "osm"): raise ConfigError(f"scheme={self.scheme.name!r}: scenes have Dynamic World's ids; give a scheme that remaps those")
         self.scheme.apply(np.arange(9, dtype=np.uint8), "the classes of the scenes")
         self.root = Path("scenes")
         self.seasons = _SEASON_NAMES if seasons == 4 else tuple(f"season-{s + 1:02d}" for s in range(seasons))

@@ -35,7 +35,7 @@ from .sensors import Sensor
 # %% ../nbs/03_store.ipynb #c5503bf7
 CODINGS = {"uint8": np.dtype(np.uint8), "raw": np.dtype(np.float32)}   # how a store keeps images: published bytes, or values in the sensor's units
 
-@dataclass
+@dataclass(eq=False, repr=False)   # arrays have no single truth, and would fill the screen
 class Location:
     "All that is known of one place, in memory: S seasons of every sensor's image, labels, and where it lies."
     key: str                                                      # name of the place, unique in its store
@@ -54,6 +54,11 @@ class Location:
             for a in values:
                 if a is not None: return tuple(a.shape[-2:])
         raise DataError(f"location {self.key}: it has no image and no label")
+
+    def __repr__(self):
+        def there(arrays): return f"{sum(a is not None for a in arrays)} of {len(self.seasons)}"
+        parts = [f"{name} {there(images)}" for name, images in self.images.items()] + [f"labels {there(self.labels)}"]
+        return f"Location({self.key}: {', '.join(parts)} seasons; {self.crs})"
 
     def check(
         self,
@@ -91,12 +96,17 @@ class Location:
         wrong = [f"{v} ({counts[v]} px)" for v in range(scheme.num_classes, IGNORE) if counts[v]]
         if wrong: raise DataError(f"location {self.key}: {what} has ids outside 0..{scheme.num_classes - 1} of {scheme.name}: {', '.join(wrong[:8])}; read raw labels by ClassScheme.apply")
 
-# %% ../nbs/03_store.ipynb #439233fb
+# %% ../nbs/03_store.ipynb #c09b6784
+def _text(value):
+    "Whether a value is a text that UTF-8 can hold, and that is not empty."
+    try: return isinstance(value, str) and value != "" and "\0" not in value and bool(value.encode())
+    except UnicodeEncodeError: return False   # a file name that is not UTF-8
+
 def _check_names(location):
     key, seasons = location.key, location.seasons
-    if not isinstance(key, str) or not key or "/" in key or "\0" in key or len(key.encode()) > 400:
-        raise DataError(f"location key {str(key)[:60]!r}: give 1 to 400 bytes of text without '/'")
-    if not seasons or not all(isinstance(s, str) and s and "\0" not in s for s in seasons) or len(set(seasons)) < len(seasons):
+    if not _text(key) or "/" in key or len(key.encode()) > 400:
+        raise DataError(f"location key {str(key)[:60]!r}: give 1 to 400 bytes of UTF-8 text without '/'")
+    if not seasons or not all(map(_text, seasons)) or len(set(seasons)) < len(seasons):
         raise DataError(f"location {key}: seasons {seasons} must be different, non-empty texts")
     if min(location.shape) < 1: raise DataError(f"location {key}: its shape {location.shape} is empty")
     if location.transform is not None and (len(location.transform) != 6 or not np.isfinite(location.transform).all()):

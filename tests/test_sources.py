@@ -131,7 +131,7 @@ def test_ssl4eo_sample(sample, grid):
         assert place.valid is None and np.array_equal(place.images["s1"][1][1], expected)
     else:
         valid = place.valid["s1"][1]
-        assert valid[:, :258].all() and not valid[:, -1].any()
+        assert valid[:262, :262].all() and not valid[262:].any() and not valid[:, 262:].any()
         ours, theirs = place.images["s1"][1][1][100:120, 100:120].astype(float), expected[103:123, 104:124].astype(float)
         assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.6       # moved by (4, 3) it is the same scene
         with rasterio.open(tree / "s2c/0000200" / place.seasons[1] / "B12.tif") as f: coarse = f.read(1).astype(float)
@@ -208,7 +208,6 @@ def test_bands_without_names(tmp_path):
     write_tif(at / "s2.tif", s2(13))
     write_tif(at / "s1.tif", s1())
     assert PlainSource(tmp_path, bands={"s2": 9}, sensors=("s2",))
-    with pytest.raises(DataError, match="RADIO|offset"): PlainSource(tmp_path).read("a") if write_tif(at / "s2.tif", s2(13) + 1000) else PlainSource(tmp_path).read("a")
     write_tif(at / "s2.tif", s2(12))
     refused(lambda: PlainSource(tmp_path), "12 bands without names", "13")
     assert PlainSource(tmp_path, level="L2A").sensors["s2"].bands == SENSORS["s2a"].bands
@@ -275,7 +274,7 @@ def test_damaged_files_drop_the_season(plain, damage):   # fault 25
         f.write(s2())
         f.descriptions = RGBN
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:len(data) // 2], "empty": b"", "strip": data[:-400] + b"\xff" * 400, "text": b"not a raster"}[damage])
+    path.write_bytes({"truncated": data[:len(data) // 2], "empty": b"", "strip": data[:len(data) // 2] + b"\xff" * 200 + data[len(data) // 2 + 200:], "text": b"not a raster"}[damage])
     source = PlainSource(plain)                          # the bands come from the next file that can be read
     reading = source.examine("a")
     assert reading.location.seasons == ("2021-07",) and reading.dropped[0][0] == "bad raster" and "s2.tif" in reading.dropped[0][2]

@@ -15,8 +15,11 @@ NOTEBOOK_LINK = re.compile(r"\]\(((?:[\w-]+/)*[\w-]+\.ipynb)")   # a link beside
 def readme(notebook=ROOT / "nbs" / "index.ipynb"):
     "README.md's text, and its pictures as {relative path: bytes}, from the index notebook with its stored outputs."
     config = Config({"RegexRemovePreprocessor": {"patterns": HIDDEN, "enabled": True}})
+    book = nbformat.read(notebook, as_version=4)
+    book.metadata.language_info = {"name": "python"}         # nbdev_clean drops it; without it code is not coloured
     text, resources = MarkdownExporter(config=config).from_notebook_node(
-        nbformat.read(notebook, as_version=4), resources={"unique_key": "README", "output_files_dir": "README_files"})
+        book, resources={"unique_key": "README", "output_files_dir": "README_files"})
+    text = re.sub(r"(?:[ \t]*\n){3,}", "\n\n", text).replace("![png]", "![figure]")
     return NOTEBOOK_LINK.sub(r"](nbs/\1", text).strip() + "\n", dict(resources.get("outputs") or {})
 
 
