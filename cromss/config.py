@@ -108,7 +108,7 @@ class PretrainConfig:
     encoder_depth: int | None = None          # stages of the encoder; None: the architecture's own
     decoder_channels: tuple[int, ...] | None = None  # channels of a U-Net decoder; None: the architecture's own
     norm: str = "per-sensor"                  # batch norm statistics of a shared decoder: "per-sensor", or "shared" as published
-    epochs: int = 24                          # passes over all locations (one season of each)
+    epochs: int = 18                          # passes over all locations (one season of each)
     batch_size: int = 8                       # locations a step, for each process
     learning_rate: float = 2e-3               # of Adam, at the start
     weight_decay: float = 1e-8                # of Adam
@@ -117,13 +117,13 @@ class PretrainConfig:
     crop: int = 64                            # side of a training crop, px; smaller patches are padded and the padding ignored
     rotation: bool = False                    # also rotate by a free angle, +-90 degrees, with probability 0.2, as published
     seasons_required: int = 1                 # locations with fewer labelled seasons are left out
-    validation: float = 0.15                  # fraction of the locations held out
+    validation: float = 0.1                   # fraction of the locations held out
     loss: str = "ce+dice"                     # segmentation loss: "ce+dice" or "ce"
     consistency: str = "ce"                   # how sensors teach each other: "ce", "kl", "mse" or "none"
-    selection: SelectionConfig | None = field(default_factory=lambda: SelectionConfig(ramp_epochs=10))  # None: no selection
+    selection: SelectionConfig | None = field(default_factory=lambda: SelectionConfig(ramp_epochs=7))  # None: no selection
     smoothing: SmoothingConfig | None = field(default_factory=SmoothingConfig)                          # None: hard labels
     seed: int = 42                            # of weights, seasons, crops, flips and the split
-    precision: str = "32-true"                # Lightning's: "32-true", "bf16-mixed" or "16-mixed"
+    precision: str = "auto"                   # "32-true", "bf16-mixed", "16-mixed", or "auto": bf16 where the hardware has it, else 32
     num_workers: int = 0                      # processes that read data; 0: the training process itself
     devices: int | str = "auto"               # Lightning's: number of devices, or "auto"
     nodes: int = 1                            # Lightning's number of nodes
@@ -141,7 +141,7 @@ class PretrainConfig:
         _choice("schedule", self.schedule, ("plateau", "cosine", "constant"))
         _choice("loss", self.loss, ("ce+dice", "ce"))
         _choice("consistency", self.consistency, ("ce", "kl", "mse", "none"))
-        _choice("precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        _choice("precision", self.precision, ("auto", "32-true", "bf16-mixed", "16-mixed"))
         _choice("grid", self.grid, ("array", "geo"))
         for name in ("epochs", "batch_size", "crop", "seasons_required", "nodes"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "patience", "seed"): _whole(name, getattr(self, name), 0)

@@ -246,7 +246,7 @@ class Split:
 
 def split_locations(
     store,            # an open Store
-    fraction=0.15,    # of the locations to hold out, 0..0.9; 0: none
+    fraction=0.1,     # of the locations to hold out, 0..0.9; 0: none
     crop=64,          # side of a crop, px
     seasons=1,        # locations with fewer labelled seasons are left out
     seed=42,          # of the choice

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FREE_ON_RESUME', 'open_data', 'data_source', 'used_bands', 'PatchDataModule', 'WrongPixelAUROC', 'class_scores',
            'Scores', 'images_of', 'CromssTask', 'EpochTable', 'clock', 'Progress', 'WholeCheckpoints',
-           'newest_checkpoint', 'make_trainer', 'pretrain', 'configure', 'evaluate', 'summarise', 'score_table', 'View',
-           'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task', 'notebook_parameters', 'estimate']
+           'newest_checkpoint', 'native_precision', 'make_trainer', 'pretrain', 'configure', 'evaluate', 'summarise',
+           'score_table', 'View', 'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task',
+           'notebook_parameters', 'estimate']
 
 # %% ../nbs/16_pretraining.ipynb #28c215c0
 import ast
@@ -307,7 +308,7 @@ class CromssTask(L.LightningModule):
 
     def configure_optimizers(self):
         c = self.config
-        optimizer = torch.optim.Adam(self.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+        optimizer = torch.optim.Adam(self.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True)
         if c.schedule == "plateau":
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=c.patience, threshold=1e-4, threshold_mode="rel")
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.hparams.monitor}}
@@ -426,6 +427,14 @@ def _loggers(config, run):
     try: return [known[name]() for name in config.loggers] or False
     except (ImportError, ModuleNotFoundError) as e: raise ConfigError(f"loggers={config.loggers!r}: {e}; install it, or leave it out") from None
 
+def native_precision(
+    precision="auto",   # "auto", or one of Lightning's
+):
+    "Lightning's precision: 'auto' becomes bf16-mixed where GPU or CPU multiply bfloat16 in hardware, else 32-true."
+    if precision != "auto": return precision
+    if torch.cuda.is_available(): return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "32-true"
+
 def make_trainer(
     config,   # PretrainConfig
     run,      # its Run
@@ -433,7 +442,7 @@ def make_trainer(
     "The Lightning Trainer of a run."
     checkpoints = ModelCheckpoint(run.checkpoints, filename="{epoch:04d}", monitor="epoch", mode="max", save_top_k=2,
                                   save_on_train_epoch_end=True, enable_version_counter=False)
-    return L.Trainer(max_epochs=config.epochs, precision=config.precision, devices=config.devices, num_nodes=config.nodes, logger=_loggers(config, run),
+    return L.Trainer(max_epochs=config.epochs, precision=native_precision(config.precision), devices=config.devices, num_nodes=config.nodes, logger=_loggers(config, run),
                      callbacks=[EpochTable(run), checkpoints, Progress(run.folder / "progress.log")], plugins=[WholeCheckpoints()],
                      default_root_dir=run.folder, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
                      enable_progress_bar=False, enable_model_summary=False)
