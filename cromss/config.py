@@ -110,6 +110,7 @@ class PretrainConfig:
     norm: str = "per-sensor"                  # batch norm statistics of a shared decoder: "per-sensor", or "shared" as published
     epochs: int = 18                          # passes over all locations (one season of each)
     batch_size: int = 8                       # locations a step, for each process
+    min_steps: int = 32                       # steps in an epoch, at least: few locations are repeated, with new seasons and crops
     learning_rate: float = 2e-3               # of Adam, at the start
     weight_decay: float = 1e-8                # of Adam
     schedule: str = "cosine"                  # learning rate: "plateau" (halved when the validation loss rests), "cosine" or "constant"
@@ -143,7 +144,7 @@ class PretrainConfig:
         _choice("consistency", self.consistency, ("ce", "kl", "mse", "none"))
         _choice("precision", self.precision, ("auto", "32-true", "bf16-mixed", "16-mixed"))
         _choice("grid", self.grid, ("array", "geo"))
-        for name in ("epochs", "batch_size", "crop", "seasons_required", "nodes"): _whole(name, getattr(self, name), 1)
+        for name in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "patience", "seed"): _whole(name, getattr(self, name), 0)
         _within("learning_rate", self.learning_rate, 0, 10)
         _within("weight_decay", self.weight_decay, 0, 1)
@@ -186,7 +187,7 @@ PRESETS = {
     "demo": dict(encoder="resnet18", encoder_depth=4, decoder_channels=(64, 48, 32, 16)),
     "paper": dict(
         encoder="resnet50", norm="shared", epochs=200, batch_size=128, learning_rate=5e-3, schedule="plateau", patience=30,
-        crop=256, rotation=True, seasons_required=4, validation=0.01, selection=SelectionConfig(method="exact"),
+        min_steps=1, crop=256, rotation=True, seasons_required=4, validation=0.01, selection=SelectionConfig(method="exact"),
         smoothing=SmoothingConfig(), precision="16-mixed", num_workers=8),
 }
 
@@ -227,10 +228,12 @@ def from_dict(
     values,                # fields by name, as `to_dict` gives them
     where="configuration", # where they come from, for the message
 ):
-    "A PretrainConfig from a dict. Raises ConfigError, naming the nearest field, for an unknown one."
+    "A PretrainConfig from a dict; what it leaves out is its preset's. Raises ConfigError, naming the nearest field, for an unknown one."
     if not isinstance(values, dict): raise ConfigError(f"{where}: expected fields and values, found {type(values).__name__}")
     check_names(values, field_names(), f"field in {where}:")
-    return PretrainConfig(**values)
+    name = values.get("preset", "demo")
+    _choice(f"preset in {where}", name, tuple(PRESETS))
+    return PretrainConfig(**{**PRESETS[name], **values})
 
 def save_config(
     config,   # a PretrainConfig

@@ -155,11 +155,12 @@ class PatchDataset(Dataset):
 
     def __getitem__(
         self,
-        item,   # (epoch, index) for training, index for validation
+        item,   # (epoch, index) for training, where an index beyond the length is another draw of the same place; index for validation
     ):
         "One sample, a dict of tensors."
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        place = int(np.searchsorted(self.ends, index, side="right"))
+        if not self.augment and not 0 <= index < len(self): raise IndexError(index)
+        place = int(np.searchsorted(self.ends, index % len(self), side="right"))
         location = int(self.locations[place])
         if self.augment:
             chosen = draw(self.seed, epoch, index, self.store.labelled(location, self.sensors), self.region(location), self.crop, self.rotation)
@@ -278,19 +279,21 @@ class StepSampler:
         rank=0,           # number of this process
         world=1,          # number of processes
         accumulate=1,     # batches in an optimizer step
+        min_steps=1,      # optimizer steps in an epoch, at least
     ):
-        self.samples, self.batch_size, self.seed, self.step = samples, batch_size, seed, step
+        self.samples, self.batch_size, self.seed, self.step, self.min_steps = samples, batch_size, seed, step, min_steps
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
     def __len__(self): return self.accumulate * self.steps_per_epoch
 
     @property
-    def steps_per_epoch(self): return max(1, self.samples // (self.batch_size * self.world * self.accumulate))
+    def steps_per_epoch(self): return max(self.min_steps, self.samples // (self.batch_size * self.world * self.accumulate))
 
     def order(self, epoch):
-        "The samples of an epoch for all ranks, long enough for whole batches."
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
-        return np.resize(order, len(self) * self.batch_size * self.world)
+        "The samples of an epoch for all ranks, in whole batches."
+        rng, needed = np.random.default_rng((self.seed, epoch)), len(self) * self.batch_size * self.world
+        rounds = range(-(-needed // self.samples))
+        return np.concatenate([rng.permutation(self.samples) + r * self.samples for r in rounds])[:needed]
 
     def __iter__(self):
         epoch, start = divmod(self.step(), self.steps_per_epoch)

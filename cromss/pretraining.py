@@ -134,7 +134,7 @@ class PatchDataModule(L.LightningDataModule):
         "The StepSampler of this process; outside a trainer it starts at step 0."
         t = self.trainer
         where = dict(step=lambda: t.global_step, rank=t.global_rank, world=t.world_size) if t else {}
-        return StepSampler(len(self.train), self.config.batch_size, self.config.seed, **where)
+        return StepSampler(len(self.train), self.config.batch_size, self.config.seed, min_steps=self.config.min_steps, **where)
 
     def train_dataloader(self): return self._loader(self.train, batch_sampler=self.sampler())
 
@@ -276,9 +276,14 @@ class CromssTask(L.LightningModule):
         loss = cromss_loss(log_p, self.targets(batch), selection, self.config)
         if not torch.isfinite(loss.total): return self._skip(batch)
         self.skipped = 0
-        logs = {"loss": loss.total.detach(), **loss.parts}
-        self.log_dict({f"train_{k}": v for k, v in logs.items()}, on_step=False, on_epoch=True, batch_size=len(batch["mask"]))
+        self._log_step(loss, (batch["mask"] != IGNORE) & batch["valid"])
         return loss.total
+
+    def _log_step(self, loss, usable):
+        "The loss and its parts, the share of pixels that can be learned from, and how many steps had none."
+        logs = {"loss": loss.total.detach(), **loss.parts, "usable_share": usable.float().mean()}
+        self.log_dict({f"train_{k}": v for k, v in logs.items()}, on_step=False, on_epoch=True, batch_size=len(usable))
+        self.log("train_empty_steps", (~usable.any()).float(), on_step=False, on_epoch=True, reduce_fx="sum")
 
     def validation_step(self, batch, batch_idx):
         log_p = sensor_log_probabilities(self.model(images_of(batch, self.config.sensors)))
@@ -290,13 +295,14 @@ class CromssTask(L.LightningModule):
         self.log_dict({f"val_{k}": torch.tensor(v) for k, v in self.scores.compute().items()})
         self.scores.reset()
 
-    # A step whose loss is not finite changes nothing: its gradients are removed, and it still counts, so the sampler stays in time.
-    MOST_SKIPPED = 10
+    # A step whose loss is not finite changes no weight: its gradients are removed. It still counts, so the sampler stays in time.
+    MOST_SKIPPED = 10   # in a row, before the run stops
 
     def _skip(self, batch):
         self.skipped, self.skip_step = self.skipped + 1, True
         keys = ", ".join(batch["key"])
         warnings.warn(f"step {self.global_step}: the loss is not finite, the step is skipped (locations {keys})")
+        with open(Path(self.trainer.default_root_dir) / "skipped_steps.log", "a", encoding="utf-8") as log: log.write(f"{self.global_step} {keys}\n")
         if self.skipped >= self.MOST_SKIPPED:
             raise DataError(f"the loss was not finite in {self.skipped} steps in a row, last with locations {keys}; lower learning_rate, or use precision='32-true'")
         return sum(p.sum() for p in self.parameters()) * 0
@@ -650,7 +656,7 @@ def estimate(
     model = CrossModalSegmenter(bands, classes, config.fusion, config.architecture, config.encoder, config.norm, **options)
     parameters = sum(p.numel() for p in model.parameters())
     kept, seconds = _try_step(model, bands, classes, config)
-    steps = max(1, locations // config.batch_size) * config.epochs
+    steps = max(config.min_steps, locations // config.batch_size) * config.epochs
     return {"locations": locations, "steps_per_epoch": steps // config.epochs, "steps": steps, "parameters": parameters,
             "memory_gb": round((kept * config.batch_size + 16 * parameters) / 1e9, 2), "seconds_per_step": round(seconds, 3),
             "time": clock(steps * seconds), "device": "cuda" if torch.cuda.is_available() else "cpu"}
