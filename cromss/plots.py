@@ -318,14 +318,15 @@ def plot_smoothing(
 # %% ../nbs/13_plots.ipynb #e99e26a5
 _CURVES = (   # title, label of the y axis, pattern of the columns, limits of y
     ("Loss", "loss (no unit)", r"(train|val)_loss", None),
-    ("Parts of the training loss", "loss (no unit)", r"train_(?!loss$|miou|auroc)\w+", None),
+    ("Parts of the training loss", "loss (no unit)", r"train_(ce|dice|consistency)_\w+", None),
     ("mIoU on noisy labels, validation", "mIoU (0 to 1)", r"val_miou(?!_reference)(_\w+)?", "share"),
     ("mIoU on the reference, validation", "mIoU (0 to 1)", r"val_miou_reference(_\w+)?", "share"),
     ("Wrong labels found by low confidence", "AUROC (0.5 is chance)", r"(val_|train_)?auroc(_\w+)?", "share"),
     ("Selection", "kept fraction (0 to 1)", r"keep(_\w+)?", "share"),
     ("Learning rate", "learning rate (per step)", r"lr(_\w+)?|learning_rate", "log"),
 )
-_SENSOR_COLORS = {"s1": "#0072B2", "s2": "#D55E00", "train": "#0072B2", "val": "#E69F00", "dem": "#009E73"}
+_COLORS = {"s1": "#0072B2", "s2": "#D55E00", "mean": "#222222", "dem": "#009E73", "train": "#0072B2", "val": "#E69F00"}
+_STYLES = ("-", "--", ":", "-.")
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#8B5A2B")
 
 def _groups(metrics):
@@ -350,7 +351,7 @@ def plot_curves(
     if not groups: raise DataError(f"no known metric among the columns {', '.join(map(str, metrics.columns))}; expected such as train_loss or val_miou_s1")
     columns = 4 if len(groups) in (4, 7, 8) or len(groups) > 9 else min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure = _figure(13.2 if columns > 2 else 4.6 * columns, 2.7 * rows)
+    figure = _figure(13.2 if columns > 2 else 4.6 * columns, 3.0 * rows)
     figure.get_layout_engine().set(w_pad=.08, h_pad=.08)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     x = metrics["epoch"] if "epoch" in metrics else pd.Series(np.arange(len(metrics)), metrics.index)
@@ -363,16 +364,18 @@ def plot_curves(
 def _curves(axis, x, values, limits):
     "Draw the columns of a DataFrame over x; one value is a dot."
     names = _curve_names(list(values.columns))
+    kinds = list(dict.fromkeys(name.rpartition(" ")[0] for name in names))      # a colour for each sensor, a line style for each kind
     for i, (name, column) in enumerate(zip(names, values.columns)):
+        kind, _, sensor = name.rpartition(" ")
         filled = values[column].notna() & x.notna()
-        marker = "o" if filled.sum() < 3 else None
-        axis.plot(x[filled], values[column][filled], label=name, color=_SENSOR_COLORS.get(name, _CYCLE[i % len(_CYCLE)]), linewidth=1.6, marker=marker, markersize=4)
+        axis.plot(x[filled], values[column][filled], label=name, color=_COLORS.get(sensor, _CYCLE[i % len(_CYCLE)]), linewidth=1.6,
+                  linestyle=_STYLES[kinds.index(kind) % len(_STYLES)], marker="o" if filled.sum() < 3 else None, markersize=4)
     if limits == "log": axis.set_yscale("log")
     if limits == "share" and axis.get_ylim()[1] > .95: axis.set_ylim(top=1.02)
     axis.grid(color="#E5E5E5", linewidth=.7); axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if len(names) > 1: axis.legend(fontsize=8, frameon=False)
+    if len(names) > 1: axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(.5, -.22), ncols=2 if len(names) in (2, 4) else 3)
 
 # %% ../nbs/13_plots.ipynb #fbf343fc
 def class_table(

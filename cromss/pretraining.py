@@ -329,13 +329,14 @@ class EpochTable(L.Callback):
 
     def __init__(self, run): self.run = run
 
-    def on_train_epoch_start(self, trainer, task): self.began = time.monotonic()
+    def on_train_epoch_start(self, trainer, task):
+        self.began, self.rate = time.monotonic(), trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer, task):
         if not trainer.is_global_zero: return
         c, epoch = task.config, trainer.current_epoch
         s = c.selection
-        row = {"epoch": epoch, "seconds": round(time.monotonic() - self.began, 2), "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        row = {"epoch": epoch, "seconds": round(time.monotonic() - self.began, 2), "lr": self.rate,
                "keep": keep_fraction(epoch, s.ramp_epochs, s.keep, s.ramp) if s else 1.0}
         self.run.add_metrics(row | {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("train_", "val_"))})
 
