@@ -24,6 +24,8 @@ def one_hot(
     return (labels.unsqueeze(-3) == classes).float()
 
 # %% ../nbs/10_smoothing.ipynb #1f9a60eb
+cv2.setNumThreads(0)
+
 def gaussian_kernel(
     sigma=3.0,      # standard deviation, px
     truncate=4.0,   # radius in standard deviations
