@@ -82,6 +82,11 @@ class CrossModalSegmenter(nn.Module):
     @property
     def sensors(self): return tuple(self.nets)
 
+    @property
+    def stride(self):
+        "Height and width of an image must be divisible by this."
+        return max(net.encoder.output_stride if net.requires_divisible_input_shape else 1 for net in self.nets.values())
+
     def encoder(self, sensor): return self._net(sensor).encoder
 
     def _net(self, sensor):

@@ -465,12 +465,16 @@ def pretrain(
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     task = CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss")
+    _check_crop(config.crop, task.model.stride)
     run = earlier or Run.create(config)
     with _quiet():
         trainer = make_trainer(config, run)
         trainer.fit(task, datamodule=data, ckpt_path=newest_checkpoint(run) if earlier else None)
     if trainer.is_global_zero: _finish(run, task, data)
     return run
+
+def _check_crop(crop, stride):
+    if crop % stride: raise ConfigError(f"crop={crop}: this network halves its input down to 1/{stride}; choose a multiple of {stride}, such as {max(1, round(crop / stride)) * stride}")
 
 # what may differ from the run that is gone on with
 FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers"}
