@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CONFIG_VERSION', 'CromssError', 'ConfigError', 'DataError', 'StoreError', 'WeightsError', 'check_names',
-           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'field_names', 'to_dict', 'from_dict',
-           'save_config', 'load_config', 'project_root', 'resolve']
+           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'change', 'field_names', 'to_dict',
+           'from_dict', 'dump_config', 'save_config', 'load_config', 'project_root', 'resolve']
 
 # %% ../nbs/00_config.ipynb #9b2f17be
 import difflib
@@ -56,6 +56,9 @@ def _whole(name, value, low):
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(f"{name}={value!r}: must be a whole number, {low} or more")
 
+def _flag(name, value):
+    if not isinstance(value, bool): raise ConfigError(f"{name}={value!r}: must be True or False")
+
 # %% ../nbs/00_config.ipynb #aff87a01
 @dataclass(frozen=True)
 class SelectionConfig:
@@ -73,6 +76,7 @@ class SelectionConfig:
         _choice("selection.method", self.method, ("histogram", "exact"))
         _whole("selection.ramp_epochs", self.ramp_epochs, 0)
         _within("selection.keep", self.keep, 0, 1)
+        _flag("selection.per_class", self.per_class)
 
 # %% ../nbs/00_config.ipynb #ac26f596
 @dataclass(frozen=True)
@@ -150,6 +154,9 @@ class PretrainConfig:
         _within("weight_decay", self.weight_decay, 0, 1)
         _within("validation", self.validation, 0, 0.9)
         for name in self.loggers: _choice("loggers", name, ("tensorboard", "wandb", "mlflow"))
+        _flag("rotation", self.rotation)
+        if self.encoder_depth is not None: _whole("encoder_depth", self.encoder_depth, 1)
+        if self.devices != "auto": _whole("devices", self.devices, 1)
         if not self.sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")
         if len(set(self.sensors)) < len(self.sensors): raise ConfigError(f"sensors={self.sensors!r}: a sensor is named twice")
         if self.bands: check_names(self.bands, self.sensors, "sensor in bands")
@@ -164,23 +171,44 @@ def _nested(cls, value, what):
     check_names(value, [f.name for f in fields(cls)], f"field of {what}")
     return cls(**value)
 
-def _normalise(config):
-    "Give the fields of a PretrainConfig their own types, in place."
-    def put(name, value): object.__setattr__(config, name, value)
-    for name in ("sensors", "loggers"):
-        value = getattr(config, name)
-        put(name, tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value))
-    if config.decoder_channels is not None: put("decoder_channels", tuple(config.decoder_channels))
-    if config.bands is not None:
-        put("bands", {s: b if isinstance(b, int) else list(b) for s, b in dict(config.bands).items()} or None)
-    for name in ("learning_rate", "weight_decay"):      # YAML reads 5e-3 as text
-        if isinstance(getattr(config, name), str): put(name, _number(name, getattr(config, name)))
-    put("selection", _nested(SelectionConfig, config.selection, "selection"))
-    put("smoothing", _nested(SmoothingConfig, config.smoothing, "smoothing"))
+def _listed(name, value, kind=str):
+    "A tuple of `kind` from a list, or from text with commas or blanks."
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    try: items = tuple(kind(i) if isinstance(i, str) else i for i in items)
+    except (TypeError, ValueError): items = None
+    if items is None or not all(type(i) is kind for i in items):
+        raise ConfigError(f"{name}={value!r}: give a list of {'names' if kind is str else 'whole numbers'}")
+    return items
 
-def _number(name, text):
-    try: return float(text)
-    except ValueError: raise ConfigError(f"{name}={text!r}: must be a number") from None
+def _text(name, value):
+    "Text, or None; a number becomes text."
+    if value is None or isinstance(value, str): return value
+    if type(value) is not int: raise ConfigError(f"{name}={value!r}: must be text")
+    return str(value)
+
+def _bands(value):
+    "{sensor: subset size or list of names}, or None."
+    if not value: return None
+    if not isinstance(value, dict): raise ConfigError(f"bands={value!r}: give a dict such as {{'s2': 9}} or {{'s2': ['B4', 'B3', 'B2']}}")
+    return {s: b if type(b) is int else list(_listed(f"bands[{s!r}]", b)) for s, b in value.items()}
+
+def _number(name, value):
+    "A number; YAML reads 5e-3 as text."
+    try: return float(value) if isinstance(value, str) else value
+    except ValueError: raise ConfigError(f"{name}={value!r}: must be a number") from None
+
+def _normalise(config):
+    "Give the fields of a PretrainConfig their own types, in place. Raises ConfigError for what cannot be meant."
+    def put(make, *names):
+        for name in names: object.__setattr__(config, name, make(name, getattr(config, name)))
+    put(_listed, "sensors", "loggers")
+    put(lambda name, v: v if v is None else _listed(name, v, int), "decoder_channels")
+    put(lambda name, v: _bands(v), "bands")
+    put(_number, "learning_rate", "weight_decay")
+    put(_text, "data", "name", "classes", "architecture", "encoder", "stores", "runs", "resume")
+    put(lambda name, v: int(v) if isinstance(v, str) and v.isdigit() else v, "devices")
+    put(lambda name, v: _nested(SelectionConfig, v, name), "selection")
+    put(lambda name, v: _nested(SmoothingConfig, v, name), "smoothing")
 
 # %% ../nbs/00_config.ipynb #6693d8cf
 PRESETS = {
@@ -198,14 +226,20 @@ def preset(
 ):
     "A PretrainConfig: the named preset with some fields changed. Raises ConfigError for unknown names."
     _choice("preset", name, tuple(PRESETS))
+    return change(PretrainConfig(preset=name, **PRESETS[name]), **changes)
+
+def change(
+    config,      # a PretrainConfig
+    **changes,   # fields; None leaves a field as it is, a dict changes some fields of selection or smoothing, True leaves them
+):
+    "The configuration with some fields changed. Raises ConfigError for unknown names."
     check_names(changes, field_names())
-    base = PretrainConfig(preset=name, **PRESETS[name])
     changes = {k: v for k, v in changes.items() if v is not None}
-    for key in ("selection", "smoothing"):               # a dict changes fields, and keeps the preset's others
-        now = getattr(base, key)
-        if isinstance(changes.get(key), dict) and now: changes[key] = {**asdict(now), **_checked(type(now), changes[key], key)}
-        if changes.get(key) is True: changes.pop(key)
-    return replace(base, **changes)
+    for key in ("selection", "smoothing"):
+        now, new = getattr(config, key), changes.get(key)
+        if now and isinstance(new, dict): changes[key] = {**asdict(now), **_checked(type(now), new, key)}
+        if now and new is True: changes.pop(key)
+    return replace(config, **changes)
 
 def field_names():
     "The names of all fields of a PretrainConfig, in order."
@@ -235,13 +269,18 @@ def from_dict(
     _choice(f"preset in {where}", name, tuple(PRESETS))
     return PretrainConfig(**{**PRESETS[name], **values})
 
+def dump_config(
+    config,   # a PretrainConfig
+):
+    "The configuration, with its layout's version, as YAML text."
+    return yaml.safe_dump({"config_version": CONFIG_VERSION, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+
 def save_config(
     config,   # a PretrainConfig
     path,     # YAML file to write
 ):
-    "Write the configuration, with its layout's version, as YAML."
-    text = yaml.safe_dump({"config_version": CONFIG_VERSION, **to_dict(config)}, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    "Write the configuration as YAML."
+    Path(path).write_text(dump_config(config), encoding="utf-8")
 
 def load_config(
     path,   # YAML file written by `save_config`, or by hand
@@ -250,12 +289,14 @@ def load_config(
     path = Path(path)
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror})") from None
+    except UnicodeError: raise ConfigError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except yaml.YAMLError as e: raise ConfigError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict): raise ConfigError(f"{path}: expected fields and values")
     version = values.pop("config_version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(f"{path}: config_version {version} is not {CONFIG_VERSION}, the one this release reads; make it anew with this release")
-    return from_dict(values, str(path))
+    try: return from_dict(values, str(path))
+    except ConfigError as e: raise e if str(path) in str(e) else ConfigError(f"{path}: {e}") from None
 
 # %% ../nbs/00_config.ipynb #0bbc5a73
 def project_root(

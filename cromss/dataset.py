@@ -128,7 +128,7 @@ class PatchDataset(Dataset):
         self.smoothing = smoothing if smoothing and smoothing.kind != "none" and smoothing.prior_weight > 0 else None
         self.sensors = self._known(sensors or tuple(store.sensors))
         self.bands = {s: store.sensors[s].indices(bands[s]) for s in self.sensors if bands and bands.get(s)}
-        self.locations = np.arange(len(store)) if locations is None else np.asarray(locations)
+        self.locations = self._labelled(np.arange(len(store)) if locations is None else np.asarray(locations))
         self.fraction = region or (0, 1, 0, 1)
         self._plan()
 
@@ -138,11 +138,16 @@ class PatchDataset(Dataset):
                 raise DataError(f"{self.store.folder}: no sensor {s!r} in this store; it has {', '.join(self.store.sensors)}")
         return tuple(sensors)
 
+    def _labelled(self, locations):
+        "Those locations that have a labelled season with all sensors."
+        return locations[self.store.labelled_mask(self.sensors).any(1)[locations]] if len(locations) else locations
+
     def _plan(self):
         "Which samples belong to which location: `ends` is the running count of samples."
         per_location = crops_per_patch if self.augment else (lambda region, crop: len(windows(region, crop)))
         counts = [per_location(self.region(i), self.crop) * (1 if self.augment else len(self.store.labelled(i, self.sensors))) for i in self.locations]
         self.ends = np.cumsum(counts, dtype=np.int64)
+        self.located = not self.augment and any(self.store.transform(int(i)) is not None for i in self.locations)
         if not len(self): raise DataError(f"{self.store.folder}: no location with a labelled season; prepare the store with labels")
 
     def region(self, location):
@@ -182,7 +187,7 @@ class PatchDataset(Dataset):
         arrays = {k: self._place(k, a, chosen) for k, a in arrays.items()}
         sample = {k: self._tensor(k, a) for k, a in arrays.items()}
         sample |= {"season": torch.tensor(chosen.season), "key": self.store.keys[location]}
-        return sample if self.augment else sample | self._grid(location, chosen)
+        return sample | self._grid(location, chosen) if self.located else sample
 
     def _read(self, location, season):
         "Whole-patch arrays of one season: images, valid, mask, season_masks, and prior and reference where they exist."
@@ -218,9 +223,7 @@ class PatchDataset(Dataset):
         return unit_values(values, spec.select([spec.bands[i] for i in self.bands[sensor]]) if sensor in self.bands else spec)
 
     def _grid(self, location, chosen):
-        transform = self.store.transform(location)
-        if transform is None: return {}
-        a, b, c, d, e, f = transform
+        a, b, c, d, e, f = self.store.transform(location) or (float("nan"),) * 6
         corner = (a, b, c + a * chosen.column + b * chosen.row, d, e, f + d * chosen.column + e * chosen.row)
         return {"crs": self.store.crs(location) or "", "transform": torch.tensor(corner, dtype=torch.float64)}
 
@@ -256,15 +259,21 @@ def split_locations(
     "The Split of a store. Raises DataError if no location has enough labelled seasons."
     usable = np.flatnonzero(store.labelled_mask(sensors).sum(1) >= seasons)
     if not len(usable): raise DataError(f"{store.folder}: no location has {seasons} labelled season(s) with every sensor; lower seasons_required")
-    held = max(1, round(fraction * len(usable))) if fraction else 0
-    if held and len(usable) > 1:
-        order = np.random.default_rng((seed, len(usable))).permutation(usable)
-        return Split("locations", np.sort(order[held:]), np.sort(order[:held]))
+    if fraction and len(usable) > 1: return _split_places(store, usable, fraction, seed)
     width = store.shape(int(usable[0]))[1]
-    if held and width >= 2 * crop:
-        edge = 1 - max(fraction, crop / width)          # at least one crop is held out
+    if fraction and width >= 2 * crop:
+        edge = min(max(1 - fraction, crop / width), 1 - crop / width)          # either block holds a crop
         return Split("blocks", usable, usable, (0, 1, 0, edge), (0, 1, edge, 1))
     return Split("none", usable, usable[:0])
+
+def _split_places(store, usable, fraction, seed):
+    "Hold out whole places: patches that were cut from one (`KEY@row,column`) overlap, and stay on one side."
+    places = np.array([store.key(int(i)).partition("@")[0] for i in usable])
+    names, place = np.unique(places, return_inverse=True)
+    if len(names) == 1: names, place = usable, np.arange(len(usable))          # one place in patches: its patches are held out
+    held = min(max(1, round(fraction * len(names))), len(names) - 1)
+    out = np.isin(place, np.random.default_rng((seed, len(names))).permutation(len(names))[:held])
+    return Split("locations", usable[~out], usable[out])
 
 # %% ../nbs/07_dataset.ipynb #6a6d1f8d
 class StepSampler:

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['build_network', 'tie', 'keeps_statistics', 'CrossModalSegmenter']
 
-# %% ../nbs/08_models.ipynb #a1ef5c3c
+# %% ../nbs/08_models.ipynb #cb4014d8
 import copy
+import inspect
 import warnings
 
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from .config import ConfigError, DataError
+from .config import ConfigError, DataError, check_names
 
 # %% ../nbs/08_models.ipynb #86d2d75a
 def build_network(
@@ -27,10 +28,17 @@ def build_network(
 ):
     "A segmentation network with random weights. Raises ConfigError for unknown names or options that do not fit."
     options = {k: v for k, v in dict(encoder_depth=encoder_depth, decoder_channels=decoder_channels, **options).items() if v is not None}
+    _check_options(architecture, encoder, options)
     try: return smp.create_model(architecture, encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=num_classes, **options)
-    except (KeyError, ValueError, TypeError, RuntimeError) as e:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
         reason = " ".join(str(e).split())
         raise ConfigError(f"architecture={architecture!r}, encoder={encoder!r}, {options}: segmentation-models-pytorch refuses ({reason[:300]})") from e
+
+def _check_options(architecture, encoder, options):
+    "Refuse options that the architecture does not have; smp would pass them to the encoder, which ignores them unless it is one of timm's."
+    network = smp.MODEL_ARCHITECTURES_MAPPING.get(str(architecture).lower())
+    if network and not str(encoder).startswith("tu-"):
+        check_names(options, inspect.signature(network).parameters, f"option of architecture {architecture!r}:")
 
 # %% ../nbs/08_models.ipynb #f2a9f7f3
 def tie(
@@ -66,7 +74,8 @@ class CrossModalSegmenter(nn.Module):
         super().__init__()
         if fusion not in ("mid", "late"): raise ConfigError(f"fusion={fusion!r}: choose one of 'mid', 'late'")
         if norm not in ("per-sensor", "shared"): raise ConfigError(f"norm={norm!r}: choose one of 'per-sensor', 'shared'")
-        if not bands: raise ConfigError("bands is empty: give {sensor: number of bands}, such as {'s1': 2, 's2': 13}")
+        if not bands or min(bands.values()) < 1: raise ConfigError(f"bands={bands!r} is empty or has no bands: give {{sensor: number of bands}}, such as {{'s1': 2, 's2': 13}}")
+        if num_classes < 2: raise ConfigError(f"num_classes={num_classes}: a segmentation needs two classes or more")
         self.options = dict(bands=dict(bands), num_classes=num_classes, fusion=fusion, architecture=architecture, encoder=encoder, norm=norm, **options)
         self.nets = nn.ModuleDict({s: build_network(n, num_classes, architecture, encoder, **options) for s, n in bands.items()})
         if fusion == "mid": self._share_decoder(norm)

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -36,7 +36,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from . import plots
 from .classes import IGNORE, load_scheme
-from .config import ConfigError, DataError, WeightsError, check_names, field_names, from_dict, preset, resolve, to_dict
+from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, to_dict
 from .dataset import PatchDataset, StepSampler, collate, split_locations
 from .losses import cromss_loss
 from .models import CrossModalSegmenter
@@ -83,7 +83,8 @@ def _scenes(config):
 
 def _fingerprint(config, source):
     "Eight hex digits of the settings and of every file's path, size and time."
-    parts = [config.data, config.sensors, config.classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
+    classes = load_scheme(config.classes).to_dict() if config.classes else None
+    parts = [config.data, config.sensors, classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
     if source.kind != "scenes":
         root = resolve(config.data)
         parts += sorted((str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file())
@@ -148,7 +149,7 @@ class PatchDataModule(L.LightningDataModule):
 # %% ../nbs/16_pretraining.ipynb #777c92c7
 class WrongPixelAUROC(Metric):
     "Probability that a wrong pixel's confidence is below a right one's; 0.5 is chance, NaN without one of both. Relative resolution 2**-8."
-    BINS = 2 ** 15
+    BINS, full_state_update = 2 ** 15, False
 
     def __init__(self):
         super().__init__()
@@ -162,7 +163,7 @@ class WrongPixelAUROC(Metric):
         known,        # bool, the same shape: the pixels that count
     ):
         "Add pixels."
-        bins = confidence[known].float().contiguous().view(torch.int32).long() >> 15
+        bins = confidence[known].float().contiguous().view(torch.int32).clamp(0, 2 ** 30 - 1).long() >> 15
         is_wrong = wrong[known]
         self.wrong += torch.bincount(bins[is_wrong], minlength=self.BINS)
         self.right += torch.bincount(bins[~is_wrong], minlength=self.BINS)
@@ -271,6 +272,7 @@ class CromssTask(L.LightningModule):
         return smooth_labels(batch["mask"], batch.get("prior"), s.prior_weight, s.uniform_weight, classes)
 
     def training_step(self, batch, batch_idx):
+        self._remember()
         log_p = sensor_log_probabilities(self.model(images_of(batch, self.config.sensors)))
         selection = select(log_p, batch["mask"], self.current_epoch, self.config.selection, batch["valid"])
         loss = cromss_loss(log_p, self.targets(batch), selection, self.config)
@@ -298,6 +300,12 @@ class CromssTask(L.LightningModule):
     # A step whose loss is not finite changes no weight: its gradients are removed. It still counts, so the sampler stays in time.
     MOST_SKIPPED = 10   # in a row, before the run stops
 
+    def _remember(self, restore=False):
+        "Keep the running statistics of before the step, or put them back: once not finite they would stay so."
+        now = [b for b in self.model.buffers() if b.is_floating_point()]
+        if not restore: self.kept = [b.clone() for b in now]
+        elif now: torch._foreach_copy_(now, self.kept)
+
     def _skip(self, batch):
         self.skipped, self.skip_step = self.skipped + 1, True
         keys = ", ".join(batch["key"])
@@ -305,11 +313,15 @@ class CromssTask(L.LightningModule):
         with open(Path(self.trainer.default_root_dir) / "skipped_steps.log", "a", encoding="utf-8") as log: log.write(f"{self.global_step} {keys}\n")
         if self.skipped >= self.MOST_SKIPPED:
             raise DataError(f"the loss was not finite in {self.skipped} steps in a row, last with locations {keys}; lower learning_rate, or use precision='32-true'")
-        return sum(p.sum() for p in self.parameters()) * 0
+        self._remember(restore=True)
+        return sum(p.sum() for p in self.parameters()) * (math.inf if self._scaled else 0)    # a gradient scaler leaves out a step with infinite gradients
+
+    @property
+    def _scaled(self): return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def on_before_optimizer_step(self, optimizer):
-        if not self.skip_step: return
-        for p in self.parameters(): p.grad = None
+        if self.skip_step and not self._scaled:
+            for p in self.parameters(): p.grad = None
         self.skip_step = False
 
     def configure_optimizers(self):
@@ -317,11 +329,16 @@ class CromssTask(L.LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True)
         if c.schedule == "plateau":
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=c.patience, threshold=1e-4, threshold_mode="rel")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.hparams.monitor}}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.hparams.monitor, "frequency": 10 ** 9}}
         if c.schedule == "cosine":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.trainer.estimated_stepping_batches))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         return optimizer
+
+    def on_train_epoch_end(self):
+        "Step the plateau schedule here, for Lightning would only after the epoch's checkpoint is written, and a resumed run would miss it."
+        value = self.trainer.callback_metrics.get(self.hparams.monitor)
+        if self.config.schedule == "plateau" and value is not None: self.lr_schedulers().step(value)
 
 # %% ../nbs/16_pretraining.ipynb #acd0d182
 class EpochTable(L.Callback):
@@ -420,7 +437,7 @@ def newest_checkpoint(
 
 # %% ../nbs/16_pretraining.ipynb #fedd3731
 def _loggers(config, run):
-    "Lightning's loggers by name."
+    "Lightning's loggers by name. Raises ConfigError if one is not installed."
     def tensorboard():
         from lightning.pytorch.loggers import TensorBoardLogger
         return TensorBoardLogger(run.folder, name="", version="tensorboard")
@@ -460,7 +477,8 @@ def pretrain(
 ):
     "Train, evaluate, draw and export; the finished Run. Raises ConfigError or DataError before anything is made if the configuration cannot work."
     earlier = _continued(config)
-    store = store if store is not None else open_data(config)
+    _loggers(config, Run(config.runs, config))           # makes nothing yet; says now if one is not installed
+    store = _check_store(store, config) if store is not None else open_data(config)
     data = PatchDataModule(config, store)
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -487,6 +505,7 @@ def _continued(config):
         was, now = getattr(run.config, field), getattr(config, field)
         if was != now and (field not in FREE_ON_RESUME or (field == "epochs" and config.schedule == "cosine")):
             raise ConfigError(f"resume={config.resume!r}: {field} is {was!r} there and {now!r} here; leave it as it is, or start a new run")
+    for left in run.checkpoints.glob(".*"): left.unlink()      # what a killed process was writing
     return run
 
 def configure(
@@ -497,7 +516,7 @@ def configure(
     check_names(given, field_names())
     if not given.get("resume"): return preset(given.pop("preset", "demo"), **given)
     given.pop("preset", None)
-    return replace(Run.open(given["resume"]).config, **given)
+    return change(Run.open(given["resume"]).config, **given)
 
 @contextlib.contextmanager
 def _quiet():
@@ -507,7 +526,7 @@ def _quiet():
     for logger in loggers: logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec"):
+            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec", "across ranks is zero"):
                 warnings.filterwarnings("ignore", message=f".*{text}.*")
             yield
     finally:
@@ -546,9 +565,10 @@ def summarise(
 ):
     "The final figures of a run, as plain values."
     table = run.metrics()
+    loss = table.get("train_loss", pd.Series([math.nan]))         # absent if every step was skipped
     parts = {p: evaluate(task, data.dataset(p, augment=False)).compute() for p in ("train", "validation") if p == "train" or data.validation}
     return {"split": str(data.split), "store": str(data.store.folder), "epochs": int(table["epoch"].iloc[-1]) + 1, "seconds": float(table["seconds"].sum()),
-            "loss_first": float(table["train_loss"].iloc[0]), "loss_last": float(table["train_loss"].iloc[-1]), **parts}
+            "loss_first": float(loss.iloc[0]), "loss_last": float(loss.iloc[-1]), **parts}
 
 def score_table(
     summary,   # of a run: `run.summary()`
@@ -631,8 +651,13 @@ def load_task(
     run,               # a Run
     checkpoint=None,   # a .ckpt file; None: the newest sound one
 ):
-    "The CromssTask of a run, in evaluation mode on the CPU. The file is read weights-only: it cannot run code."
-    return CromssTask.load_from_checkpoint(checkpoint or newest_checkpoint(run), map_location="cpu", weights_only=True).eval()
+    "The CromssTask of a run, in evaluation mode on the CPU. The file is read weights-only: it cannot run code. Raises WeightsError for any other file."
+    path = checkpoint or newest_checkpoint(run)
+    try: return CromssTask.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    except ConfigError: raise
+    except Exception as e:       # torch raises errors of many kinds and lines
+        reason = next(iter(str(e).splitlines()), type(e).__name__)[:200]
+        raise WeightsError(f"{path}: no checkpoint of a run, or not one that can be read weights-only ({reason})") from None
 
 # %% ../nbs/16_pretraining.ipynb #b1e12755
 def notebook_parameters(

@@ -15,11 +15,12 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
 
-from .config import ConfigError, load_config, project_root, resolve, save_config
+from .config import ConfigError, dump_config, load_config, project_root, resolve
 
 # %% ../nbs/14_runs.ipynb #4a580d32
 def write_whole(
@@ -83,11 +84,11 @@ class Run:
     ):
         "Make the folder, with config.yaml and environment.json. Raises ConfigError if a run is there already or nothing can be written."
         folder = resolve(config.runs) / (_checked_name(config.name) or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (folder / "config.yaml").exists():
-            raise ConfigError(f"{folder}: a run is here already; choose another `name`, or go on with it by resume={str(folder)!r}")
         run = cls(folder, config)
         run._make_folders()
-        save_config(config, folder / "config.yaml")
+        if (folder / "config.yaml").exists():
+            raise ConfigError(f"{folder}: a run is here already; choose another `name`, or go on with it by resume={str(folder)!r}")
+        write_whole(folder / "config.yaml", dump_config(config))
         write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
         return run
 
@@ -169,7 +170,12 @@ def _plain(value):
 def list_runs(
     root="runs",   # folder of the run folders
 ):
-    "All runs under a folder, oldest first."
+    "All runs under a folder, oldest first; those that this release cannot read are passed over with a warning."
     root = resolve(root)
-    folders = [p.parent for p in root.glob("*/config.yaml")]
-    return [Run.open(f) for f in sorted(folders, key=lambda f: (f / "config.yaml").stat().st_mtime)]
+    configs = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    return [run for path in configs if (run := _readable(path.parent))]
+
+def _readable(folder):
+    "The Run, or None with a warning if its configuration cannot be read."
+    try: return Run.open(folder)
+    except ConfigError as e: warnings.warn(f"passed over: {e}")

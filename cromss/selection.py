@@ -143,7 +143,7 @@ def class_thresholds(
     usable = _usable(labels, valid).flatten()
     groups = labels.flatten() if per_class else torch.zeros_like(labels).flatten()
     groups = groups.masked_fill(~usable, num_classes).long()
-    bits = confidence.float().contiguous().flatten().view(torch.int32).long()
+    bits = confidence.float().contiguous().flatten().view(torch.int32).clamp(0, 2 ** 30 - 1).long()   # NaN counts as the largest, -0. as 0.
     upper, rows = bits >> 15, num_classes + 1
     counts = _count(groups * BINS + upper, rows * BINS).view(rows, BINS)
     total = counts.sum(1)

@@ -82,7 +82,8 @@ def smoothing_prior(
     votes = {}
     if "t" in kind: votes["t"] = _mean_vote(season_labels, num_classes)
     if "s" in kind: votes["s"] = one_hot(chosen, num_classes)
-    if not (season_labels == IGNORE).any(): return blur(sum(votes.values()) / len(votes), sigma, truncate)
+    on_cpu = season_labels.device.type == "cpu"                        # a GPU would have to wait for the answer
+    if on_cpu and not (season_labels == IGNORE).any(): return blur(sum(votes.values()) / len(votes), sigma, truncate)
     return _mean_present([_normalised(blur(v, sigma, truncate)) for v in votes.values()])
 
 def _mean_vote(season_labels, num_classes):

@@ -98,7 +98,7 @@ def test_without_one_of_both_there_is_no_area():
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan])
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a NaN's bit pattern lies outside the histogram, so validation of a network that has diverged stops with an error of bincount")
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a NaN's bit pattern lies outside the histogram: validation of a diverged network stops")
 def test_a_nan_does_not_stop_validation(value):
     ours(torch.tensor([value, .2, .8]), torch.tensor([False, True, False]))
 
@@ -128,6 +128,7 @@ def test_iou_is_torchmetrics(absent):
 
 def test_scores_by_hand():
     scores = class_scores([[3, 1, 0], [0, 2, 2], [0, 0, 0]])                 # the third class is predicted, but never true
-    assert scores["oa"] == 5 / 8 and scores["iou"][:2] == [3 / 4, 2 / 5] and math.isnan(scores["iou"][2]) and scores["miou"] == pytest.approx((3 / 4 + 2 / 5) / 2)
+    assert scores["oa"] == 5 / 8 and scores["miou"] == pytest.approx((3 / 4 + 2 / 5) / 2)
+    assert scores["iou"][:2] == [3 / 4, 2 / 5] and math.isnan(scores["iou"][2])
     empty = class_scores(torch.zeros(3, 3))
     assert math.isnan(empty["oa"]) and math.isnan(empty["miou"]) and all(map(math.isnan, empty["iou"]))

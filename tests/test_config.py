@@ -126,7 +126,7 @@ WRONG = [
     *((n, v) for n in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes") for v in (0, -1, 2.5, "3", True)),
     *((n, v) for n in ("num_workers", "patience", "seed") for v in (-1, 0.5, "3", True)),
     *(("learning_rate", v) for v in (-1e-3, 11, float("nan"), float("inf"), "fast", True)), ("weight_decay", 2), ("weight_decay", "none"),
-    ("validation", 0.95), ("validation", -0.1), ("validation", "0.1"), ("loggers", "csv"), ("sensors", ()), ("sensors", " , "), ("sensors", "s1,s1"),
+    ("validation", 0.95), ("validation", -0.1), ("validation", "much"), ("loggers", "csv"), ("sensors", ()), ("sensors", " , "), ("sensors", "s1,s1"),
     ("selection", "yes"), ("selection", 3), ("smoothing", [1]),
 ]
 
@@ -154,7 +154,6 @@ OTHER_TYPES = [      # of a type that the field cannot have
 
 
 @pytest.mark.parametrize("field, value", OTHER_TYPES, ids=str)
-@pytest.mark.xfail(strict=True, raises=(AssertionError, TypeError, ValueError), reason="values of another type are not looked at: a TypeError, or a failure long after the start")
 def test_values_of_another_type(field, value):
     "Refused by name; a number given for a text (papermill makes one of `-p name 5`) may become that text."
     try: config = preset(**{field: value})
@@ -164,13 +163,11 @@ def test_values_of_another_type(field, value):
 
 @pytest.mark.parametrize("field, value, made", [("bands", {"s2": "B4"}, {"s2": ["B4"]}), ("bands", {"s2": "B4,B3 B2"}, {"s2": ["B4", "B3", "B2"]}),
                                                 ("decoder_channels", "64,48", (64, 48))])
-@pytest.mark.xfail(strict=True, reason="text is taken apart letter by letter")
 def test_lists_as_text(field, value, made):
     assert getattr(preset(**{field: value}), field) == made
 
 
 @pytest.mark.parametrize("field", ["sensors", "loggers"])
-@pytest.mark.xfail(strict=True, reason="an empty value in a YAML file is None, and not refused by name")
 def test_empty_lists_in_a_file(field, tmp_path):
     (tmp_path / "c.yaml").write_text(f"{field}:\n")
     refusal(lambda: load_config(tmp_path / "c.yaml"), field)
@@ -219,7 +216,6 @@ def test_mistakes_name_the_file(tmp_path):
         refusal(lambda: load_config(path), "c.yaml")
 
 
-@pytest.mark.xfail(strict=True, reason="the message for an impossible value does not say which file it stands in")
 def test_impossible_values_name_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 0\n")
     refusal(lambda: load_config(tmp_path / "c.yaml"), "c.yaml", "epochs=0")
@@ -230,7 +226,6 @@ def test_files_that_cannot_be_read(tmp_path):
     refusal(lambda: load_config(tmp_path), "Is a directory")
 
 
-@pytest.mark.xfail(strict=True, reason="bytes that are not UTF-8 come out as a UnicodeDecodeError")
 def test_files_in_another_encoding(tmp_path):
     (tmp_path / "c.yaml").write_bytes("name: Übung\n".encode("latin-1"))
     refusal(lambda: load_config(tmp_path / "c.yaml"), "c.yaml")

@@ -259,7 +259,8 @@ def test_saturated_logits_of_low_precision(dtype):
     labels, valid = gaps()
     logits = {s: (2e4 * one_hot(labels.clamp(max=C - 1).roll(shift, 2), C) - 1e4).to(dtype).requires_grad_() for shift, s in enumerate(("s1", "s2"))}
     for kind in KINDS:
-        loss = cromss_loss(logits, smooth_labels(labels, None, num_classes=C), select(logits, labels, 80, SelectionConfig(), valid), PretrainConfig(consistency=kind))
+        selection = select(logits, labels, 80, SelectionConfig(), valid)
+        loss = cromss_loss(logits, smooth_labels(labels, None, num_classes=C), selection, PretrainConfig(consistency=kind))
         assert loss.total.isfinite() and loss.total.dtype == torch.float32 and all(g.isfinite().all() for g in gradients(loss.total, logits))
 
 

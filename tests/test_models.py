@@ -22,7 +22,7 @@ def model(bands=BANDS, seed=0, **options):
 
 def outline(bands=BANDS, **options):
     "A model without values: names, shapes and sharing only, made at once."
-    with torch.device("meta"): return model(bands, **options)
+    with torch.device("meta"): return model(bands, **{"encoder": "resnet18", **options})
 
 
 def images(bands=BANDS, batch=2, size=64, device="cpu"): return {s: torch.rand(batch, n, size, size, device=device) for s, n in bands.items()}
@@ -50,8 +50,9 @@ def same(a, b): return all(torch.equal(a[s], b[s]) for s in a)
 def test_every_architecture_fuses(architecture, fusion, norm):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                     # FPN's decoder has group norm
-        m = outline(num_classes=5, fusion=fusion, norm=norm, architecture=architecture, encoder="resnet18", encoder_depth=None, decoder_channels=None)
-    assert {s: l.shape for s, l in m(images(device="meta")).items()} == {s: (2, 5, 64, 64) for s in BANDS}
+        m = outline(num_classes=5, fusion=fusion, norm=norm, architecture=architecture, encoder_depth=None, decoder_channels=None)
+    bands = BANDS if norm == "per-sensor" and fusion == "mid" else {"s2": 13}
+    assert {s: l.shape for s, l in m(images(bands, device="meta")).items()} == {s: (2, 5, 64, 64) for s in bands}
     first, second = m.nets["s1"].decoder, m.nets["s2"].decoder
     mine, other = parameters(first), parameters(second)
     assert mine.keys() == other.keys() and mine
@@ -60,14 +61,13 @@ def test_every_architecture_fuses(architecture, fusion, norm):
     assert all((b is buffers(second)[k]) == (norm == "shared") for k, b in buffers(first).items())
     assert not keeps_statistics(m.nets["s1"].segmentation_head)             # or the head's would have to be split too
     assert not {id(p) for p in m.encoder("s1").parameters()} & {id(p) for p in m.encoder("s2").parameters()}
-    parts = [*m.encoder("s1").parameters(), *m.encoder("s2").parameters(), *(p for n in m.nets.values() for x in (n.decoder, n.segmentation_head) for p in x.parameters())]
+    parts = [p for n in m.nets.values() for part in (n.encoder, n.decoder, n.segmentation_head) for p in part.parameters()]
     assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in {id(p): p for p in parts}.values())
 
 
-@pytest.mark.parametrize("architecture, fusion, norm", [*(("unet", *form) for form in FORMS), ("deeplabv3plus", "mid", "per-sensor")])
-def test_logits_and_gradients(architecture, fusion, norm):
-    torch.manual_seed(0)
-    m = CrossModalSegmenter(BANDS, 9, fusion, architecture, "resnet18", norm)
+@pytest.mark.parametrize("fusion, norm", FORMS)
+def test_logits_and_gradients(fusion, norm):
+    m = model(fusion=fusion, norm=norm, encoder="resnet18")
     out = m(images())
     sum(l.square().mean() for l in out.values()).backward()
     assert all(l.shape == (2, 9, 64, 64) and l.isfinite().all() for l in out.values())
@@ -75,23 +75,23 @@ def test_logits_and_gradients(architecture, fusion, norm):
     assert all(g is not None and g.abs().sum() > 0 for g in heads) and (heads[0] is heads[1]) == (fusion == "mid")
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 13])
-def test_any_number_of_classes(num_classes): assert outline(num_classes=num_classes)(images(device="meta"))["s2"].shape == (2, num_classes, 64, 64)
+@pytest.mark.parametrize("num_classes", [2, 13])
+def test_any_number_of_classes(num_classes): assert model(num_classes=num_classes)(images())["s2"].shape == (2, num_classes, 64, 64)
 
 
 @pytest.mark.parametrize("fusion, norm", FORMS)
 def test_three_sensors(fusion, norm):
     bands = {"dem": 1, **BANDS}
-    m = outline(bands, fusion=fusion, norm=norm)
-    assert m.sensors == ("dem", "s1", "s2") and {s: l.shape for s, l in m(images(bands, device="meta")).items()} == {s: (2, 9, 64, 64) for s in bands}
+    m = model(bands, fusion=fusion, norm=norm)
+    assert m.sensors == ("dem", "s1", "s2") and {s: l.shape for s, l in m(images(bands)).items()} == {s: (2, 9, 64, 64) for s in bands}
     assert all(tied(m, "dem", s) == (fusion == "mid") for s in ("s1", "s2"))
 
 
 def test_one_sensor():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        m = outline({"s2": 13})
-    assert m(images({"s2": 13}, device="meta"))["s2"].shape == (2, 9, 64, 64)
+        m = model({"s2": 13})
+    assert m(images({"s2": 13}))["s2"].shape == (2, 9, 64, 64)
 
 
 @pytest.mark.parametrize("fusion, norm", FORMS)
@@ -106,7 +106,7 @@ def test_a_part_of_the_sensors_is_enough(fusion, norm):
 
 
 def test_the_encoder_is_the_sensors_own():
-    m = outline(encoder="resnet18")
+    m = outline()
     assert m.encoder("s2") is m.nets["s2"].encoder and m.encoder("s2").conv1.in_channels == 13 and m.encoder("s1").conv1.in_channels == 2
 
 
@@ -194,7 +194,8 @@ def test_a_decoder_with_batch_norm_is_split_without_a_word():
 
 def test_the_published_form_has_smps_own_names():
     m = model(norm="shared")
-    nets = {s: smp.Unet(SMALL["encoder"], encoder_depth=3, encoder_weights=None, decoder_channels=(16, 8, 8), in_channels=n, classes=9) for s, n in BANDS.items()}
+    def plain(bands): return smp.Unet(SMALL["encoder"], 3, None, decoder_channels=(16, 8, 8), in_channels=bands, classes=9)
+    nets = {s: plain(n) for s, n in BANDS.items()}
     assert list(m.state_dict()) == [f"nets.{s}.{k}" for s, net in nets.items() for k in net.state_dict()]
     m.nets["s1"].load_state_dict(nets["s1"].state_dict())                   # a plain U-Net's weights fit as they are
     x = images()["s1"]
@@ -217,9 +218,10 @@ def test_options_make_the_model_again():
 
 @pytest.mark.parametrize("options, text", [
     (dict(architecture="unett"), "architecture='unett'.*refuses"), (dict(encoder="resnet19"), "encoder='resnet19'.*refuses"),
-    (dict(encoder="tu-no_such_model"), "no_such_model"), (dict(encoder_depth=9, decoder_channels=None), "depth"), (dict(decoder_channels=(16, 8)), "decoder_channels"),
-    (dict(decoder_attention_type="none"), "refuses"), (dict(decoder_use_norm="groupnorm"), "groupnorm"),
-    (dict(fusion="early"), "fusion='early': choose one of 'mid', 'late'"), (dict(norm="own"), "norm='own': choose one of 'per-sensor', 'shared'"), (dict(bands={}), "bands is empty"),
+    (dict(encoder="tu-no_such_model"), "no_such_model"), (dict(encoder_depth=9, decoder_channels=None), "depth"),
+    (dict(decoder_channels=(16, 8)), "decoder_channels"), (dict(decoder_attention_type="none"), "refuses"), (dict(decoder_use_norm="groupnorm"), "groupnorm"),
+    (dict(fusion="early"), "fusion='early': choose one of 'mid', 'late'"), (dict(norm="own"), "norm='own': choose one of 'per-sensor', 'shared'"),
+    (dict(bands={}), "bands={} is empty"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(options, text):
     with pytest.raises(ConfigError, match=text) as refusal: outline(**options)

@@ -374,7 +374,8 @@ def test_cuda_agrees_and_does_not_wait(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [-math.nan, math.inf])
-@pytest.mark.xfail(strict=True, reason="a NaN confidence with its sign bit set (what an infinite logit gives on the CPU) has a negative bit pattern, which bincount refuses")
+@pytest.mark.xfail(strict=True,
+                   reason="an infinite logit gives a NaN with its sign bit set on the CPU, and bincount refuses its negative bit pattern")
 def test_a_logit_that_is_not_finite_shows_in_the_weights(method, value):
     "Training skips a step whose loss is NaN; for that selection has to come through, with NaN where it belongs."
     logits, labels, _ = batch()

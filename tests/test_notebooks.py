@@ -1,0 +1,68 @@
+"The papermill template, run as users run it: in a process and a kernel of its own, with tiny parameters."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cromss.prepare import prepare
+from cromss.runs import list_runs
+from cromss.scenes import ScenesSource
+
+TINY = dict(epochs=1, min_steps=2, batch_size=4, crop=32, encoder_depth=3, decoder_channels=[16, 8, 8], precision="32-true", devices=1, name="tiny", selection={"ramp_epochs": 1})
+
+
+def papermill(root, out, **parameters):
+    "The finished process of a papermill call, and the notebook it wrote."
+    given = out.with_suffix(".yaml")
+    given.write_text(yaml.safe_dump(parameters))
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "IPYTHONDIR": str(out.parent / "ipython")}
+    done = subprocess.run([sys.executable, "-m", "papermill", str(root / "nbs" / "pretrain.ipynb"), str(out), "-f", str(given), "--no-progress-bar", "--cwd", str(root / "nbs")],
+                          capture_output=True, text=True, env=env, timeout=600)
+    return done, json.loads(out.read_text(encoding="utf-8"))
+
+
+def outputs(book): return [o for cell in book["cells"] for o in cell.get("outputs", [])]
+
+
+def pictures(book): return [o for o in outputs(book) if "image/png" in o.get("data", {})]
+
+
+def text(book): return "".join("".join(o["text"]) if "text" in o else "".join(o.get("data", {}).get("text/plain", "")) for o in outputs(book))
+
+
+def test_it_runs_to_the_end(root, tmp_path):
+    store = prepare(ScenesSource(count=8, size=32), tmp_path / "store", progress=False)
+    done, book = papermill(root, tmp_path / "out.ipynb", data=str(store.folder), runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"), **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [o for o in outputs(book) if o["output_type"] == "error"] and len(pictures(book)) >= 5
+    assert not [o["text"] for o in outputs(book) if o.get("name") == "stderr"]
+    assert all(c["execution_count"] for c in book["cells"] if c["cell_type"] == "code")
+    run, = list_runs(tmp_path / "runs")
+    files = run.files()
+    assert {"config.yaml", "metrics.csv", "summary.json", "figures/curves.png", "encoders/s1/model.safetensors", "encoders/s2/README.md"} <= set(files)
+    assert any("tfevents" in f for f in files) and run.config.epochs == 1 and run.config.selection.keep == 0.5 and not (tmp_path / "stores").exists()
+    assert "7 locations to train on, 1 held out" in str(book) and "miou_reference" in text(book)
+
+
+def test_a_mistyped_parameter_is_refused_before_a_run_folder_is_made(root, tmp_path):
+    done, book = papermill(root, tmp_path / "out.ipynb", epocs=2, runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"))
+    assert done.returncode != 0 and "unknown parameter 'epocs'; did you mean 'epochs'?" in done.stderr
+    error, = [o for o in outputs(book) if o["output_type"] == "error"]
+    assert error["ename"] == "ConfigError" and not (tmp_path / "runs").exists() and not (tmp_path / "stores").exists()
+
+
+def test_on_real_tiles(root, sample, tmp_path):
+    "One place of the SSL4EO-S12 tree, two seasons, no reference: prepared on first use, split into two blocks."
+    done, book = papermill(root, tmp_path / "out.ipynb", data=str(sample / "ssl4eo-s12"), runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"), loggers="",
+                           **TINY | {"crop": 64})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [o for o in outputs(book) if o["output_type"] == "error"] and len(pictures(book)) >= 5
+    run, = list_runs(tmp_path / "runs")
+    stored, = (tmp_path / "stores").iterdir()
+    assert stored.name.startswith("ssl4eo-s12-") and run.summary()["store"] == str(stored) and "one location in two blocks" in run.summary()["split"]
+    assert run.metrics()["epoch"].tolist() == [0] and run.metrics().notna().all().all() and 0 < run.metrics()["train_usable_share"].iloc[0] <= 1
+    assert set(run.summary()["validation"]) >= {"oa_s1", "miou_s2", "miou_mean"} and not [k for k in run.summary()["validation"] if "reference" in k]
