@@ -229,12 +229,10 @@ def test_what_does_not_fit_is_refused_in_one_line(options, text):
 
 
 @pytest.mark.parametrize("options", [dict(decoder_use_norm="instancenorm"), dict(architecture=3)])
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="smp fails on these with an AttributeError, which is passed on as it is")
 def test_what_smp_fails_on_is_refused_too(options):
     with pytest.raises(ConfigError): outline(**options)
 
 
-@pytest.mark.xfail(strict=True, reason="smp hands an option it does not know to the encoder, which ignores it unless it is one of timm's")
 def test_a_misspelled_option_is_refused():
     with pytest.raises(ConfigError, match="decoder_atention_type"): outline(decoder_atention_type="scse")
 

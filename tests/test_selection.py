@@ -374,8 +374,6 @@ def test_cuda_agrees_and_does_not_wait(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [-math.nan, math.inf])
-@pytest.mark.xfail(strict=True,
-                   reason="an infinite logit gives a NaN with its sign bit set on the CPU, and bincount refuses its negative bit pattern")
 def test_a_logit_that_is_not_finite_shows_in_the_weights(method, value):
     "Training skips a step whose loss is NaN; for that selection has to come through, with NaN where it belongs."
     logits, labels, _ = batch()
@@ -386,7 +384,6 @@ def test_a_logit_that_is_not_finite_shows_in_the_weights(method, value):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.xfail(strict=True, reason="a NaN's bit pattern lies beyond its class's histogram, so it is counted in the next class")
 def test_a_nan_of_one_class_leaves_the_others_alone(method):
     confidence, labels = torch.tensor([[[math.nan, .5, .4, .3]]]), torch.tensor([[[0, 0, 1, 1]]])
     assert class_thresholds(confidence, labels, 0.5, 3, method)[2] == 0
@@ -394,7 +391,6 @@ def test_a_nan_of_one_class_leaves_the_others_alone(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.xfail(strict=True, reason="the confidences of pixels that do not count are counted in a row of their own, which NaN exceeds")
 def test_what_stands_at_pixels_that_do_not_count_does_not_matter(method):
     confidence, labels = torch.tensor([[[.5, .4, math.nan, 7.]]]), torch.tensor([[[0, 0, UNLABELLED, 1]]])
     valid = torch.tensor([[[True, True, True, False]]])
@@ -402,7 +398,6 @@ def test_what_stands_at_pixels_that_do_not_count_does_not_matter(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.xfail(strict=True, reason="-0.0 has a negative bit pattern, which bincount refuses")
 def test_minus_zero_is_zero(method):
     confidence = torch.tensor([[[-0.0, .5, .4]]])
     assert label_weights(confidence, torch.zeros(1, 1, 3, dtype=torch.long), 0.5, 1, method)[0, 0].tolist() == pytest.approx([0, 1, .8], abs=4e-3)
