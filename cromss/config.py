@@ -150,6 +150,7 @@ class PretrainConfig:
         _choice("grid", self.grid, ("array", "geo"))
         for name in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "patience", "seed"): _whole(name, getattr(self, name), 0)
+        _within("seed", self.seed, 0, 2 ** 32 - 1)
         _within("learning_rate", self.learning_rate, 0, 10)
         _within("weight_decay", self.weight_decay, 0, 1)
         _within("validation", self.validation, 0, 0.9)

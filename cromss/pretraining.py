@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from . import plots
+from . import __version__, plots
 from .classes import IGNORE, load_scheme
 from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, to_dict
 from .dataset import PatchDataset, StepSampler, collate, split_locations
@@ -85,7 +85,8 @@ def _fingerprint(config, source):
     "Eight hex digits of the settings and of every file's path, size and time."
     classes = load_scheme(config.classes).to_dict() if config.classes else None
     parts = [config.data, config.sensors, classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
-    if source.kind != "scenes":
+    if source.kind == "scenes": parts.append(__version__)       # a release may draw other scenes
+    else:
         root = resolve(config.data)
         parts += sorted((str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
@@ -276,7 +277,8 @@ class CromssTask(L.LightningModule):
         log_p = sensor_log_probabilities(self.model(images_of(batch, self.config.sensors)))
         selection = select(log_p, batch["mask"], self.current_epoch, self.config.selection, batch["valid"])
         loss = cromss_loss(log_p, self.targets(batch), selection, self.config)
-        if not torch.isfinite(loss.total): return self._skip(batch)
+        finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss.total)), all=True)     # all ranks skip, or none
+        if not finite: return self._skip(batch)
         self.skipped = 0
         self._log_step(loss, (batch["mask"] != IGNORE) & batch["valid"])
         return loss.total
@@ -483,7 +485,7 @@ def pretrain(
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     task = CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss")
-    _check_crop(config.crop, task.model.stride)
+    _check_crop(config, task.model)
     run = earlier or Run.create(config)
     with _quiet():
         trainer = make_trainer(config, run)
@@ -491,8 +493,13 @@ def pretrain(
     if trainer.is_global_zero: _finish(run, task, data)
     return run
 
-def _check_crop(crop, stride):
-    if crop % stride: raise ConfigError(f"crop={crop}: this network halves its input down to 1/{stride}; choose a multiple of {stride}, such as {max(1, round(crop / stride)) * stride}")
+def _check_crop(config, model):
+    "Raise ConfigError if the network cannot take a training batch."
+    stride, coarsest = model.stride, max(net.encoder.output_stride for net in model.nets.values())
+    if config.crop % stride:
+        raise ConfigError(f"crop={config.crop}: this network halves its input down to 1/{stride}; choose a multiple of {stride}, such as {max(1, round(config.crop / stride)) * stride}")
+    if config.batch_size == 1 and config.crop <= coarsest:
+        raise ConfigError(f"crop={config.crop}, batch_size=1: batch norm has one value to work with at 1/{coarsest} of the size; raise either of them")
 
 # what may differ from the run that is gone on with
 FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers"}
@@ -684,6 +691,7 @@ def estimate(
     locations, classes, bands = _count_data(config)
     options = {k: v for k, v in dict(encoder_depth=config.encoder_depth, decoder_channels=config.decoder_channels).items() if v is not None}
     model = CrossModalSegmenter(bands, classes, config.fusion, config.architecture, config.encoder, config.norm, **options)
+    _check_crop(config, model)
     parameters = sum(p.numel() for p in model.parameters())
     kept, seconds = _try_step(model, bands, classes, config)
     steps = max(config.min_steps, locations // config.batch_size) * config.epochs

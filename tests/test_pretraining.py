@@ -602,7 +602,19 @@ def test_a_missing_logger_leaves_no_run_folder(scenes, folder, monkeypatch):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("changes", [dict(seed=2 ** 33), dict(crop=8, batch_size=1)], ids=str)
+def test_mistakes_that_others_find(scenes, folder, changes):
+    refusal(lambda: pretrain(tiny(folder, **changes), scenes), ConfigError, next(iter(changes)))
+    assert not (folder / "runs").exists()
+
+
 # (h) estimate
+
+@pytest.mark.filterwarnings("ignore:norm='per-sensor' splits nothing")
+def test_estimate_refuses_what_the_run_would(scenes, folder):
+    fpn = replace(tiny(folder, data=str(scenes.folder)), architecture="fpn", decoder_channels=None, encoder_depth=5, crop=36)
+    refusal(lambda: estimate(fpn), ConfigError, "crop=36", "multiple of 32")
+
 
 def test_estimate_writes_nothing(scenes, folder, plain, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder)
