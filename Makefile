@@ -47,7 +47,7 @@ pretrain: setup  ## pretrain on the built-in scenes by papermill (NAME=..., ARGS
 	@echo "Its curves live      $(BIN)/tensorboard --logdir runs"
 
 test: setup  ## run the notebooks as tests, then pytest; the checkout is left as it is
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(PY) -m pytest tests -q -ra -p no:cacheprovider
 
 lab: setup  ## open JupyterLab in nbs/
