@@ -19,8 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import (
-    ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, load_config, preset, to_dict)
+from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, fit_decoder, load_config, preset, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -98,7 +97,7 @@ def _plain(text):
 # %% ../nbs/22_cli.ipynb #9e339eb8
 def _layer(config, changes):
     "The configuration with some fields changed; a dict for a nested one changes some of its fields and keeps the others."
-    changes = dict(changes)
+    changes = fit_decoder(config, changes)
     for name in NESTED:
         now = getattr(config, name)
         if now is not None and isinstance(changes.get(name), dict):
@@ -123,7 +122,9 @@ def _configure(given):
     "The configuration from parsed options."
     from_file = _file_fields(given["config"]) if given.get("config") else {}
     options = {k: v for k, v in given.items() if k not in FLAGS}
-    base = preset(options.pop("preset", None) or from_file.get("preset") or "demo")
+    resume = options.get("resume") or from_file.get("resume")
+    name = options.pop("preset", None) or from_file.get("preset") or "demo"
+    base = run_config(resume) if resume else preset(name)      # a resumed run goes on as it was configured
     from_file.pop("preset", None)
     return _layer(_layer(base, from_file), options)
 
@@ -175,16 +176,23 @@ def _prepare(tokens):
     parser.add_argument("--kind", type=str | None, default=None, help="kind of source; null: recognised by its files")
     parser.add_argument("--sensors", type=tuple[str, ...] | None, default=None, help="sensors to take, such as s1,s2,dem; null: those of the source")
     parser.add_argument("--labels", type=str | None, default=None, help="folder of the labels, where it is not inside SOURCE (SSL4EO-S12 tree)")
+    parser.add_argument("--classes", type=str | None, default=None, help="class scheme of the labels, by name or YAML file; null: the source's own")
+    parser.add_argument("--level", type=str | None, default=None, help="of Sentinel-2 without a LEVEL tag: L1C or L2A; null: L1C")
     parser.add_argument("--patch", type=int | None, default=None, help="side of the windows that larger locations are cut into, px; null: kept whole")
     parser.add_argument("--grid", type=str | None, default=None, help='SSL4EO-S12 tree: "array" stacks as published, "geo" resamples by georeferencing')
     parser.add_argument("--seasons_required", type=int, default=1, help="locations with fewer complete seasons are left out")
     parser.add_argument("--allow_resample", action="store_true", help="resample sensors and labels that lie on different grids, instead of refusing them")
     parser.add_argument("--coding", type=str, default="uint8", help='how values are stored: "uint8" as published, or "raw"')
     given = _parse(parser, tokens, LISTS, defaults=False)
+    from cromss.classes import load_scheme
     from cromss.prepare import prepare
+    if classes := given.pop("classes", None): given["scheme"] = load_scheme(classes)
     store = prepare(given.pop("source"), given.pop("folder"), **given)
     print(f"{store.folder}: {len(store):,} locations, {store.season_count} seasons, {', '.join(f'{n} ({s.num_bands} bands)' for n, s in store.sensors.items())}")
     report = store.manifest.get("info", {}).get("report", {})
+    if counts := report.get("counts"):
+        masked = ", ".join(f"{s} {share:.1%}" for s, share in counts["masked_share"].items())
+        print(f"unlabelled pixels: {counts['unlabelled_share']:.1%}; without a usable value: {masked}")
     for what, title in (("dropped", "locations"), ("dropped_seasons", "seasons")):
         for reason, keys in report.get(what, {}).items(): print(f"{title} left out, {reason}: {len(keys):,} ({_few(keys)})")
     return 0
@@ -280,3 +288,6 @@ def main(
     except BrokenPipeError:                      # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        print(f"cromss: {e.filename or 'the disk'}: {e.strerror or e}", file=sys.stderr)
+        return 2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CONFIG_VERSION', 'CromssError', 'ConfigError', 'DataError', 'StoreError', 'WeightsError', 'check_names',
-           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'change', 'field_names', 'to_dict',
-           'from_dict', 'dump_config', 'save_config', 'load_config', 'project_root', 'resolve']
+           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'fit_decoder', 'change', 'field_names',
+           'to_dict', 'from_dict', 'dump_config', 'save_config', 'load_config', 'run_config', 'project_root', 'resolve']
 
 # %% ../nbs/00_config.ipynb #9b2f17be
 import difflib
@@ -101,19 +101,19 @@ class SmoothingConfig:
 class PretrainConfig:
     "Everything that decides a pretraining run. Raises ConfigError for values that cannot work."
     data: str = "scenes"                      # "scenes" (built in), a store, or a folder that a source can read
-    preset: str = "demo"                      # the preset this configuration started from
+    preset: str = "demo"                      # the preset this configuration started from, for the record: `preset()` fills in its values
     name: str | None = None                   # name of the run's folder; None: preset, date and time
     sensors: tuple[str, ...] = ("s1", "s2")   # sensors to train, any number
-    bands: dict | None = None                 # {sensor: band names, or a subset's size 3, 9, 12, 13}; None: all that the data have
+    bands: dict | None = None                 # {sensor: band names, or a subset's size 3, 9, 10, 12, 13}; None: all that the data have
     classes: str | None = None                # class scheme: a name or a YAML file; None: the data's own
     fusion: str = "mid"                       # "mid": one decoder for all sensors, "late": a network each
     architecture: str = "unet"                # any architecture of segmentation-models-pytorch
     encoder: str = "resnet18"                 # any encoder of segmentation-models-pytorch
-    encoder_depth: int | None = None          # stages of the encoder; None: the architecture's own
-    decoder_channels: tuple[int, ...] | None = None  # channels of a U-Net decoder; None: the architecture's own
+    encoder_depth: int | None = 4             # stages of the encoder; None: the architecture's own
+    decoder_channels: tuple[int, ...] | None = (64, 48, 32, 16)  # channels of a U-Net decoder; None: the architecture's own
     norm: str = "per-sensor"                  # batch norm statistics of a shared decoder: "per-sensor", or "shared" as published
-    epochs: int = 18                          # passes over all locations (one season of each)
-    batch_size: int = 8                       # locations a step, for each process
+    epochs: int = 18                          # passes over all locations; large patches give several crops
+    batch_size: int = 8                       # crops a step, for each process
     min_steps: int = 32                       # steps in an epoch, at least: few locations are repeated, with new seasons and crops
     learning_rate: float = 2e-3               # of Adam, at the start
     weight_decay: float = 1e-8                # of Adam
@@ -213,9 +213,9 @@ def _normalise(config):
 
 # %% ../nbs/00_config.ipynb #6693d8cf
 PRESETS = {
-    "demo": dict(encoder="resnet18", encoder_depth=4, decoder_channels=(64, 48, 32, 16)),
+    "demo": {},      # the defaults above
     "paper": dict(
-        encoder="resnet50", norm="shared", epochs=200, batch_size=128, learning_rate=5e-3, schedule="plateau", patience=30,
+        encoder="resnet50", encoder_depth=None, decoder_channels=None, norm="shared", epochs=200, batch_size=128, learning_rate=5e-3, schedule="plateau", patience=30,
         min_steps=1, crop=256, rotation=True, seasons_required=4, validation=0.01, selection=SelectionConfig(method="exact"),
         smoothing=SmoothingConfig(), precision="16-mixed", num_workers=8),
 }
@@ -229,13 +229,24 @@ def preset(
     _choice("preset", name, tuple(PRESETS))
     return change(PretrainConfig(preset=name, **PRESETS[name]), **changes)
 
+def fit_decoder(
+    config,    # a PretrainConfig
+    changes,   # {field: value} to be changed
+):
+    "The changes, with depth and decoder left to another architecture, and the decoder to another depth, unless they are given."
+    def differs(name): return changes.get(name, getattr(config, name)) != getattr(config, name)
+    own = {"encoder_depth": None, "decoder_channels": None} if differs("architecture") else {"decoder_channels": None} if differs("encoder_depth") else {}
+    return {**own, **changes}
+
 def change(
     config,      # a PretrainConfig
-    **changes,   # fields; None leaves a field as it is, a dict changes some fields of selection or smoothing, True leaves them
+    **changes,   # fields; None leaves a field as it is, a dict changes some fields of selection or smoothing, True leaves them; another architecture or
+                 # encoder_depth has its own decoder_channels unless they are given
 ):
     "The configuration with some fields changed. Raises ConfigError for unknown names."
     check_names(changes, field_names())
     changes = {k: v for k, v in changes.items() if v is not None}
+    changes = fit_decoder(config, changes)
     for key in ("selection", "smoothing"):
         now, new = getattr(config, key), changes.get(key)
         if now and isinstance(new, dict): changes[key] = {**asdict(now), **_checked(type(now), new, key)}
@@ -298,6 +309,16 @@ def load_config(
         raise ConfigError(f"{path}: config_version {version} is not {CONFIG_VERSION}, the one this release reads; make it anew with this release")
     try: return from_dict(values, str(path))
     except ConfigError as e: raise e if str(path) in str(e) else ConfigError(f"{path}: {e}") from None
+
+# %% ../nbs/00_config.ipynb #7c3fe206
+def run_config(
+    folder,   # a run folder, absolute or relative to the project's root
+):
+    "The configuration of a run. Raises ConfigError if the folder is none."
+    folder = resolve(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: not a run folder (no config.yaml); runs lie in the folder that `runs` named")
+    return load_config(folder / "config.yaml")
 
 # %% ../nbs/00_config.ipynb #0bbc5a73
 def project_root(

@@ -9,9 +9,10 @@ __all__ = ['FREE_ON_RESUME', 'open_data', 'data_source', 'used_bands', 'PatchDat
            'score_table', 'View', 'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task',
            'notebook_parameters', 'estimate']
 
-# %% ../nbs/16_pretraining.ipynb #28c215c0
+# %% ../nbs/16_pretraining.ipynb #35281e6e
 import ast
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from . import __version__, plots
 from .classes import IGNORE, load_scheme
-from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, to_dict
+from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, run_config, to_dict
 from .dataset import PatchDataset, StepSampler, collate, split_locations
 from .losses import cromss_loss
 from .models import CrossModalSegmenter
@@ -46,7 +47,7 @@ from .scenes import SCENE_PRESETS, ScenesSource
 from .selection import keep_fraction, select, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
-from .sources import open_source
+from .sources import open_source, recognise
 from .store import Store
 from .weights import save_encoder
 
@@ -60,7 +61,8 @@ def open_data(
     source = data_source(config)
     target = resolve(config.stores) / f"{Path(config.data.replace(':', '-')).name}-{_fingerprint(config, source)}"
     if target.exists(): return _check_store(Store.open(target), config)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try: target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ConfigError(f"stores={config.stores!r}: {target.parent} cannot be made ({e.strerror}); choose another folder") from None
     return _check_store(prepare(source, target, seasons_required=config.seasons_required), config)
 
 def data_source(
@@ -70,10 +72,10 @@ def data_source(
     if config.data.split(":")[0] == "scenes" and not resolve(config.data).exists(): return _scenes(config)
     if not resolve(config.data).exists():
         raise ConfigError(f"data={config.data!r}: nothing at {resolve(config.data)}; give a store, a folder of rasters, or 'scenes'")
-    options = {"scheme": load_scheme(config.classes)} if config.classes else {}
-    source = open_source(resolve(config.data))
-    options |= {"grid": config.grid} if source.kind == "ssl4eo-s12" else {"sensors": config.sensors}
-    return open_source(resolve(config.data), kind=source.kind, **options)
+    scheme = load_scheme(config.classes) if config.classes else None
+    chosen = {s: b for s, b in (config.bands or {}).items() if not isinstance(b, int)} or None       # a subset's size is of the whole sensor
+    bands = {"bands": chosen} if recognise(resolve(config.data)) == "plain" else {}
+    return open_source(resolve(config.data), sensors=config.sensors, scheme=scheme, grid=config.grid, **bands)
 
 def _scenes(config):
     _, _, name = config.data.partition(":")
@@ -84,7 +86,7 @@ def _scenes(config):
 def _fingerprint(config, source):
     "Eight hex digits of the settings and of every file's path, size and time."
     classes = load_scheme(config.classes).to_dict() if config.classes else None
-    parts = [config.data, config.sensors, classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
+    parts = [str(resolve(config.data)), sorted(config.sensors), config.bands, classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
     if source.kind == "scenes": parts.append(__version__)       # a release may draw other scenes
     else:
         root = resolve(config.data)
@@ -339,6 +341,8 @@ class CromssTask(L.LightningModule):
 
     def on_train_epoch_end(self):
         "Step the plateau schedule here, for Lightning would only after the epoch's checkpoint is written, and a resumed run would miss it."
+        if self.trainer.callback_metrics.get("train_usable_share") == 0:
+            raise DataError("no pixel of this epoch could be learned from: all are unlabelled, or without a usable value of every sensor; see the report of the store")
         value = self.trainer.callback_metrics.get(self.hparams.monitor)
         if self.config.schedule == "plateau" and value is not None: self.lr_schedulers().step(value)
 
@@ -399,9 +403,10 @@ class Progress(L.Callback):
         if self.file and (now - self.logged >= self.every or share >= 1):
             with open(self.file, "a", encoding="utf-8") as log: log.write(line + "\n")
             self.logged = now
+        out = sys.stdout if "ipykernel" in sys.modules else sys.stderr          # stdout of a command is for its result
         if sys.stderr.isatty(): print(f"\r{line:<110}", end="" if share < 1 else "\n", file=sys.stderr, flush=True)
         elif int(share * 10) > self.tenth:
-            print(line, flush=True)
+            print(line, file=out, flush=True)
             self.tenth = int(share * 10)
 
 # %% ../nbs/16_pretraining.ipynb #0fdbb635
@@ -468,7 +473,8 @@ def make_trainer(
     "The Lightning Trainer of a run."
     checkpoints = ModelCheckpoint(run.checkpoints, filename="{epoch:04d}", monitor="epoch", mode="max", save_top_k=2,
                                   save_on_train_epoch_end=True, enable_version_counter=False)
-    return L.Trainer(max_epochs=config.epochs, precision=native_precision(config.precision), devices=config.devices, num_nodes=config.nodes, logger=_loggers(config, run),
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"       # Apple's MPS has no float64, which thresholds and scores need
+    return L.Trainer(accelerator=accelerator, max_epochs=config.epochs, precision=native_precision(config.precision), devices=config.devices, num_nodes=config.nodes, logger=_loggers(config, run),
                      callbacks=[EpochTable(run), checkpoints, Progress(run.folder / "progress.log")], plugins=[WholeCheckpoints()],
                      default_root_dir=run.folder, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
                      enable_progress_bar=False, enable_model_summary=False)
@@ -479,6 +485,7 @@ def pretrain(
 ):
     "Train, evaluate, draw and export; the finished Run. Raises ConfigError or DataError before anything is made if the configuration cannot work."
     earlier = _continued(config)
+    _check_devices(config.devices)
     _loggers(config, Run(config.runs, config))           # makes nothing yet; says now if one is not installed
     store = _check_store(store, config) if store is not None else open_data(config)
     data = PatchDataModule(config, store)
@@ -486,20 +493,38 @@ def pretrain(
     torch.set_float32_matmul_precision("high")
     task = CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss")
     _check_crop(config, task.model)
+    _check_same_data(earlier, store)
     run = earlier or Run.create(config)
+    write_whole(run.folder / "data.json", json.dumps({"store": store.id, "split": str(data.split), "held_out": [store.key(int(i)) for i in data.split.validation]}, indent=1))
     with _quiet():
         trainer = make_trainer(config, run)
         trainer.fit(task, datamodule=data, ckpt_path=newest_checkpoint(run) if earlier else None)
-    if trainer.is_global_zero: _finish(run, task, data)
+    if trainer.is_global_zero: _finish(run, task.to(trainer.strategy.root_device), data)
     return run
 
+def _check_devices(devices):
+    "Raise ConfigError for more devices than there are: Lightning would start as many processes on the CPU."
+    there = torch.cuda.device_count() or os.cpu_count()
+    if devices != "auto" and devices > there: raise ConfigError(f"devices={devices}: this machine has {there}; lower it, or 'auto'")
+
+def _check_same_data(run, store):
+    "Raise ConfigError if a run would go on with other data than it began with: what was held out could then be trained on."
+    path = run.folder / "data.json" if run else None
+    if path and path.exists() and json.loads(path.read_text(encoding="utf-8"))["store"] != store.id:
+        raise ConfigError(f"resume={run.config.resume or str(run.folder)!r}: the data are no longer those that the run began with (store {store.folder.name}); start a new run")
+
 def _check_crop(config, model):
-    "Raise ConfigError if the network cannot take a training batch."
-    stride, coarsest = model.stride, max(net.encoder.output_stride for net in model.nets.values())
+    "Raise ConfigError if the network cannot take a training batch: it is tried on zeros, on a copy."
+    stride = model.stride
     if config.crop % stride:
         raise ConfigError(f"crop={config.crop}: this network halves its input down to 1/{stride}; choose a multiple of {stride}, such as {max(1, round(config.crop / stride)) * stride}")
-    if config.batch_size == 1 and config.crop <= coarsest:
-        raise ConfigError(f"crop={config.crop}, batch_size=1: batch norm has one value to work with at 1/{coarsest} of the size; raise either of them")
+    size = min(config.batch_size, 2)                 # one is the only number of its kind
+    images = {s: torch.zeros(size, n, config.crop, config.crop) for s, n in model.options["bands"].items()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]): copy.deepcopy(model).train()(images)
+    except (RuntimeError, ValueError, AssertionError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ConfigError(f"crop={config.crop}, batch_size={config.batch_size}: the network cannot take such a batch ({reason}); raise crop or batch_size, or choose another architecture") from None
 
 # what may differ from the run that is gone on with
 FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers"}
@@ -523,7 +548,7 @@ def configure(
     check_names(given, field_names())
     if not given.get("resume"): return preset(given.pop("preset", "demo"), **given)
     given.pop("preset", None)
-    return change(Run.open(given["resume"]).config, **given)
+    return change(run_config(given["resume"]), **given)
 
 @contextlib.contextmanager
 def _quiet():
@@ -607,9 +632,11 @@ def view_dataset(
     "Whole patches of a part, in the largest windows that the network takes."
     part = part or ("validation" if data.validation else "train")
     split = data.split
-    whole = min(min(data.store.shape(int(i))) for i in getattr(split, part)[:100])
-    crop = max(32, min(whole, side) // 32 * 32)
-    return PatchDataset(data.store, getattr(split, part), data.config.sensors, data.bands, crop, augment=False)
+    region = getattr(split, f"{part}_region")
+    shares = np.array([region[1] - region[0], region[3] - region[2]])
+    whole = min(min(np.array(data.store.shape(int(i))) * shares) for i in getattr(split, part)[:100])
+    crop = max(32, int(min(whole, side) + 1e-6) // 32 * 32)
+    return PatchDataset(data.store, getattr(split, part), data.config.sensors, data.bands, crop, augment=False, region=region)
 
 @torch.no_grad()
 def look(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import ConfigError, dump_config, load_config, project_root, resolve
+from .config import ConfigError, dump_config, project_root, resolve, run_config
 
 # %% ../nbs/14_runs.ipynb #4a580d32
 def write_whole(
@@ -98,10 +98,7 @@ class Run:
         folder,   # a run folder, absolute or relative to the project's root
     ):
         "Open a finished or interrupted run. Raises ConfigError if it is none."
-        folder = resolve(folder)
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{folder}: not a run folder (no config.yaml); runs lie in the folder that `runs` named")
-        return cls(folder, load_config(folder / "config.yaml"))
+        return cls(resolve(folder), run_config(folder))
 
     def _make_folders(self):
         try:
@@ -109,6 +106,12 @@ class Run:
         except OSError as e: raise ConfigError(f"{self.folder}: cannot be made ({e.strerror}); choose another `runs` folder") from None
 
     def __repr__(self): return f"Run({str(self.folder)!r})"
+
+    @property
+    def place(self):
+        "The folder as one would type it: relative to the project's root if it lies within."
+        root = project_root()
+        return self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
 
     @property
     def checkpoints(self): return self.folder / "checkpoints"

@@ -210,7 +210,8 @@ def select(
     config,             # SelectionConfig; None: no selection
     valid=None,         # (B, H, W) bool
 ):
-    "Confidences, entangling, thresholds and weights of a batch, as a Selection."
+    "Confidences, entangling, thresholds and weights of a batch, as a Selection. Raises DataError for labels that are no classes, or sensors of other classes."
+    _check_inputs(logits, labels)
     log_p = {s: p.detach() for s, p in sensor_log_probabilities(logits).items()}
     kind = config.confidence if config else "entropy"
     own_label = {s: _label_confidence(p, labels, valid) for s, p in log_p.items()}
@@ -219,6 +220,12 @@ def select(
     num_classes = next(iter(logits.values())).shape[1]
     found = _weigh(label, prediction, labels, epoch, config, valid, num_classes)
     return Selection(own_label, own_prediction, label, prediction, *found)
+
+def _check_inputs(logits, labels):
+    "Raise DataError for no sensor, different numbers of classes, and, where looking costs nothing, labels that are no classes."
+    classes = {s: l.shape[1] for s, l in logits.items()}
+    if len(set(classes.values())) != 1: raise DataError(f"logits of {classes or 'no sensor'} classes: give one sensor or more, all of the same classes")
+    if labels.device.type == "cpu" or labels.is_floating_point(): check_labels(labels, next(iter(classes.values())))
 
 def _weigh(label, prediction, labels, epoch, config, valid, num_classes):
     "Label weights, prediction weights, thresholds and the kept fraction."

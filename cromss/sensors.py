@@ -39,8 +39,8 @@ class Sensor:
 
     def __post_init__(self):
         for name in ("bands", "mean", "std"): object.__setattr__(self, name, _sequence(self, name))
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(self.name)):
-            raise ConfigError(f"sensor name {self.name!r}: use letters, digits and _ . - only")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(self.name)) or self.name in ("mean", "reference", "label", "type"):
+            raise ConfigError(f"sensor name {self.name!r}: use letters, digits, _ and - only, and none of mean, reference, label, type")
         if not self.bands or len(set(self.bands)) < len(self.bands):
             raise ConfigError(f"sensor {self.name}: bands {self.bands} must be named, each once")
         for name in ("mean", "std"):

@@ -246,7 +246,9 @@ def _read_settings(root):
     nodata = values.get("label_nodata")
     if nodata is not None and (not isinstance(nodata, list) or not all(type(n) is int for n in nodata)):
         raise ConfigError(f"{path}: label_nodata={nodata!r}: give a list of whole numbers, such as [0, 255]")
-    return values
+    if not isinstance(values.get("sensors") or {}, dict): raise ConfigError(f"{path}: sensors={values['sensors']!r}: give fields by name, such as {{dem: {{bands: [elevation], ...}}}}")
+    beside = root / str(values.get("classes"))
+    return values | {"classes": str(beside)} if beside.is_file() else values      # a data set travels with its classes
 
 def _choices(sensors, bands):
     "The sensors' names as a tuple and the bands as a dict by sensor. Raises ConfigError for bands of a sensor that is not asked for."

@@ -28,6 +28,7 @@ CODING = "uint8 = clip to mean +- 2 std"  # the published coding; networks see t
 def _describe(model, sensor, spec, scheme, run, blob):
     "The contents of config.json."
     options = {k: v for k, v in model.options.items() if k not in ("bands", "num_classes", "fusion", "norm") and v is not None}
+    options["encoder_depth"] = getattr(model.encoder(sensor), "_depth", None) or options.get("encoder_depth")      # of the architecture, if it was not given
     return dict(
         format=FORMAT, version=VERSION, sensor=spec.to_dict(), coding=CODING, network=json.loads(json.dumps(options)), fusion=model.options["fusion"],
         class_scheme=scheme.name if scheme else None, classes=list(scheme.names) if scheme else None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cromss import cli
-from cromss.config import ConfigError, PretrainConfig, SelectionConfig, preset, save_config
+from cromss.config import ConfigError, PretrainConfig, SelectionConfig, change, preset, save_config
 
 
 def run(capsys, *tokens):
@@ -216,3 +216,12 @@ def test_help_imports_nothing_heavy():
             "print([m for m in ('torch', 'numpy', 'lightning', 'rasterio', 'matplotlib', 'pandas') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(cli.__file__).parent.parent)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_resume_takes_up_the_runs_configuration(tmp_path):
+    "The command that the notebook prints: no option of the run has to be said again."
+    made = preset("demo", runs=str(tmp_path), name="r", data="elsewhere", epochs=3, learning_rate=1e-3)
+    (tmp_path / "r").mkdir()
+    save_config(made, tmp_path / "r" / "config.yaml")
+    found = cli.read_config(["--resume", str(tmp_path / "r"), "--num_workers", "2"])
+    assert found == change(made, resume=str(tmp_path / "r"), num_workers=2)

@@ -259,7 +259,7 @@ def random_store(folder, labels, valid=None, count=4, size=32):
 
 
 def test_no_valid_pixel_anywhere(folder, monkeypatch):
-    "Loss and gradients are 0, no weight moves, and the steps are counted."
+    "Loss and gradients are 0, no weight moves, the steps are counted, and the run stops after the first epoch, for it can learn nothing."
     store = random_store(folder, lambda i: np.full((32, 32), i % 9, np.uint8), np.zeros((32, 32), bool))
     seen, states = [], []
     class Watch(CromssTask):
@@ -268,14 +268,11 @@ def test_no_valid_pixel_anywhere(folder, monkeypatch):
             states.append({k: v.clone() for k, v in self.named_parameters()})
             super().on_before_optimizer_step(optimizer)
     monkeypatch.setattr(module, "CromssTask", Watch)
-    run = pretrain(tiny(folder, weight_decay=0.0), store)
-    table = run.metrics()
+    refusal(lambda: pretrain(tiny(folder, weight_decay=0.0), store), DataError, "no pixel of this epoch could be learned from")
+    table = Run.open(folder / "runs" / "run").metrics()
     assert (table["train_loss"] == 0).all() and (table[[f"train_{p}" for p in FULL]] == 0).all().all() and (table["val_loss"] == 0).all()
-    assert table["train_empty_steps"].tolist() == [2, 2] and (table["train_usable_share"] == 0).all() and not table.isna().any().any()
-    assert len(seen) == 4 and all(g and max(g) == 0 for g in seen)
-    end = last(run)
-    assert all(torch.equal(v, end[k]) for k, v in states[0].items())
-    assert run.summary()["loss_last"] == 0 and run.summary()["validation"] == {} and "figures/selection.png" in run.files()     # figures of nothing, too
+    assert table["train_empty_steps"].tolist() == [2] and (table["train_usable_share"] == 0).all() and not table.isna().any().any()
+    assert len(seen) == 2 and all(g and max(g) == 0 for g in seen) and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
 def test_batches_without_a_label(folder, unfinished):
@@ -284,8 +281,9 @@ def test_batches_without_a_label(folder, unfinished):
     corner[:1, :1] = 2
     store = random_store(folder, lambda i: corner, size=96, count=2)
     for consistency, name in (("none", "apart"), ("ce", "taught")):
-        run = pretrain(tiny(folder, name=name, consistency=consistency, epochs=1, batch_size=1, min_steps=3, validation=0.0, seed=1), store)
-        row = run.metrics().iloc[0]
+        config = tiny(folder, name=name, consistency=consistency, epochs=1, batch_size=1, min_steps=3, validation=0.0, seed=1)
+        refusal(lambda: pretrain(config, store), DataError, "no pixel of this epoch could be learned from")
+        row = Run.open(folder / "runs" / name).metrics().iloc[0]
         assert row["train_empty_steps"] == max(3, 18) and row["train_usable_share"] == 0
         assert all(row[f"train_{p}"] == 0 for p in APART) and (row["train_loss"] == 0) == (consistency == "none")
 
@@ -310,7 +308,7 @@ class Poison:
         self.steps, self.always, self.images, self.before, self.task = steps, always, images, [], None
         real = CrossModalSegmenter.forward
         def forward(model, images):
-            if not model.training: return real(model, images)
+            if not model.training or not torch.is_grad_enabled(): return real(model, images)      # no training step
             bad, nan = self.always or len(self.before) in self.steps, float("nan")
             self.before.append({k: v.detach().clone() for k, v in model.named_parameters()})
             if bad and self.images: images = {s: x * nan for s, x in images.items()}
@@ -760,3 +758,30 @@ def test_the_trainer_asks_for_what_is_configured(folder):
     run = Run.create(tiny(folder))
     trainer = make_trainer(tiny(folder, epochs=7), run)
     assert trainer.max_epochs == 7 and trainer.precision == "32-true" and trainer.num_devices == 1 and trainer.loggers == []
+
+
+# what must be the same, and what a machine has
+
+def test_changed_data_are_refused_on_resume(scenes, folder, unfinished):
+    run = pretrain(tiny(folder, epochs=1, schedule="constant"), scenes)
+    held_out = json.loads((run.folder / "data.json").read_text())["held_out"]
+    assert held_out == [scenes.key(int(i)) for i in PatchDataModule(run.config, scenes).split.validation]
+    other = random_store(folder, lambda i: np.full((32, 32), i % 9, np.uint8))
+    refusal(lambda: pretrain(configure({"resume": str(run.folder), "epochs": 2}), other), ConfigError, "the data are no longer those", "start a new run")
+
+
+def test_more_devices_than_there_are(scenes, folder):
+    refusal(lambda: pretrain(tiny(folder, devices=10_000), scenes), ConfigError, "devices=10000", "lower it")
+    assert not (folder / "runs").exists()
+
+
+def test_a_folder_of_one_sensor(plain, folder):  # noqa: F811
+    alone = folder / "alone"
+    shutil.copytree(plain, alone)
+    for path in alone.rglob("s1.tif"): path.unlink()
+    assert list(open_data(tiny(folder, data=str(alone), sensors="s2", selection=False)).sensors) == ["s2"]
+
+
+def test_another_architecture_has_its_own_decoder():
+    assert configure({"architecture": "fpn"}).decoder_channels is None and configure({"encoder_depth": 5}).decoder_channels is None
+    assert configure({"encoder": "resnet34"}).decoder_channels == (64, 48, 32, 16)
