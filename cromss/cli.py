@@ -14,12 +14,12 @@ import sys
 import typing
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, fit_decoder, load_config, preset, run_config, to_dict)
+from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, layer, load_config, preset, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -94,18 +94,7 @@ def _plain(text):
     union = re.match(r"(--[\w.]+): Does not validate against any of the Union subtypes Subtypes: \[(.*?)\].*Given value: (.*)", text)
     return f"{union[1]}: expected {union[2].replace('NoneType', 'null').replace(', ', ' or ')}, got {union[3]}" if union else text[:300]
 
-# %% ../nbs/22_cli.ipynb #9e339eb8
-def _layer(config, changes):
-    "The configuration with some fields changed; a dict for a nested one changes some of its fields and keeps the others."
-    changes = fit_decoder(config, changes)
-    for name in NESTED:
-        now = getattr(config, name)
-        if now is not None and isinstance(changes.get(name), dict):
-            check_names(changes[name], [f.name for f in fields(now)], f"field of {name}")
-            changes[name] = {**asdict(now), **changes[name]}
-        elif changes.get(name) is True and now is not None: changes.pop(name)
-    return replace(config, **changes)
-
+# %% ../nbs/22_cli.ipynb #873a0108
 def _file_fields(path):
     "The fields that a YAML file sets, checked."
     load_config(path)                            # refuses another version, unknown fields and impossible values
@@ -126,7 +115,7 @@ def _configure(given):
     name = options.pop("preset", None) or from_file.get("preset") or "demo"
     base = run_config(resume) if resume else preset(name)      # a resumed run goes on as it was configured
     from_file.pop("preset", None)
-    return _layer(_layer(base, from_file), options)
+    return layer(layer(base, from_file), options)
 
 FLAGS = ("config", "dry_run", "print_config")                   # options of the command, not of the configuration
 LISTS = ("sensors", "loggers", "decoder_channels")              # options that take s1,s2 for [s1,s2]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CONFIG_VERSION', 'CromssError', 'ConfigError', 'DataError', 'StoreError', 'WeightsError', 'check_names',
-           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'fit_decoder', 'change', 'field_names',
-           'to_dict', 'from_dict', 'dump_config', 'save_config', 'load_config', 'run_config', 'project_root', 'resolve']
+           'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'fit_decoder', 'change', 'layer',
+           'field_names', 'to_dict', 'from_dict', 'dump_config', 'save_config', 'load_config', 'run_config',
+           'project_root', 'resolve']
 
 # %% ../nbs/00_config.ipynb #9b2f17be
 import difflib
@@ -245,7 +246,13 @@ def change(
 ):
     "The configuration with some fields changed. Raises ConfigError for unknown names."
     check_names(changes, field_names())
-    changes = {k: v for k, v in changes.items() if v is not None}
+    return layer(config, {k: v for k, v in changes.items() if v is not None})
+
+def layer(
+    config,    # a PretrainConfig
+    changes,   # {field: value}, where None is a value like any other
+):
+    "The configuration with these fields; a dict changes some fields of selection or smoothing, True leaves them."
     changes = fit_decoder(config, changes)
     for key in ("selection", "smoothing"):
         now, new = getattr(config, key), changes.get(key)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE_ON_RESUME', 'open_data', 'data_source', 'used_bands', 'PatchDataModule', 'WrongPixelAUROC', 'class_scores',
-           'Scores', 'images_of', 'CromssTask', 'EpochTable', 'clock', 'Progress', 'WholeCheckpoints',
+           'Scores', 'images_of', 'make_model', 'CromssTask', 'EpochTable', 'clock', 'Progress', 'WholeCheckpoints',
            'newest_checkpoint', 'native_precision', 'make_trainer', 'pretrain', 'configure', 'evaluate', 'summarise',
            'score_table', 'View', 'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task',
            'notebook_parameters', 'estimate']
@@ -248,6 +248,15 @@ def images_of(
     "The images of a batch, {sensor: (B, bands, H, W)}."
     return {s: batch[f"image_{s}"] for s in sensors}
 
+def make_model(
+    config,        # PretrainConfig
+    bands,         # {sensor: number of bands}
+    num_classes,   # C
+):
+    "The network that a configuration asks for, with random weights."
+    options = {k: v for k, v in dict(encoder_depth=config.encoder_depth, decoder_channels=config.decoder_channels).items() if v is not None}
+    return CrossModalSegmenter(dict(bands), num_classes, config.fusion, config.architecture, config.encoder, config.norm, **options)
+
 class CromssTask(L.LightningModule):
     "Two or more sensors, or one, trained on noisy labels (CromSS, arXiv 2405.01217)."
 
@@ -261,8 +270,7 @@ class CromssTask(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = c = from_dict(config)
-        options = {k: v for k, v in dict(encoder_depth=c.encoder_depth, decoder_channels=c.decoder_channels).items() if v is not None}
-        self.model = CrossModalSegmenter(dict(bands), num_classes, c.fusion, c.architecture, c.encoder, c.norm, **options)
+        self.model = make_model(c, bands, num_classes)
         self.scores = Scores(c.sensors, num_classes)
         self.skipped, self.skip_step = 0, False
 
@@ -716,8 +724,7 @@ def estimate(
 ):
     "Locations, steps, parameters, memory and time of a run on this machine, {name: value}. Writes nothing."
     locations, classes, bands = _count_data(config)
-    options = {k: v for k, v in dict(encoder_depth=config.encoder_depth, decoder_channels=config.decoder_channels).items() if v is not None}
-    model = CrossModalSegmenter(bands, classes, config.fusion, config.architecture, config.encoder, config.norm, **options)
+    model = make_model(config, bands, classes)
     _check_crop(config, model)
     parameters = sum(p.numel() for p in model.parameters())
     kept, seconds = _try_step(model, bands, classes, config)
