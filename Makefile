@@ -31,7 +31,7 @@ $(STAMP): requirements.lock settings.ini setup.py
 	@$(PY) -m uv --version >/dev/null 2>&1 || { $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null; \
 	    $(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); }
 	@echo "Installing requirements.lock into $(VENV), once. The download is large, for PyTorch brings its CUDA libraries on Linux."
-	$(PY) -m uv pip install --python $(PY) -r requirements.lock
+	$(PY) -m uv pip install --compile-bytecode --python $(PY) -r requirements.lock
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	@touch $@
 

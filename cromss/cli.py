@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, layer, load_config, preset, run_config, to_dict)
+from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, layer, load_config, preset, resume_folder, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -111,7 +111,7 @@ def _configure(given):
     "The configuration from parsed options."
     from_file = _file_fields(given["config"]) if given.get("config") else {}
     options = {k: v for k, v in given.items() if k not in FLAGS}
-    resume = options.get("resume") or from_file.get("resume")
+    resume = resume_folder({**from_file, **options})
     name = options.pop("preset", None) or from_file.get("preset") or "demo"
     base = run_config(resume) if resume else preset(name)      # a resumed run goes on as it was configured
     from_file.pop("preset", None)
@@ -143,16 +143,30 @@ def _first_rank():
     "Whether this process speaks for all of a distributed run."
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
 
+def _launch(count, tokens):
+    "Run the command in `count` processes by torchrun's launcher; the exit code, 75 if it can be gone on with."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+    try: torchrun(["--standalone", f"--nproc-per-node={count}", "--no-python", sys.executable, "-c", "import sys; from cromss.cli import main; sys.exit(main())", "pretrain", *tokens])
+    except ChildFailedError as e:
+        codes = [failure.exitcode for failure in e.failures.values()]
+        return 75 if 75 in codes else max(max(codes), 1)
+    except SignalException: return 75
+    return 0
+
 def _pretrain(tokens):
     given = _parse(_pretrain_parser(), tokens, LISTS, defaults=False)
     config = _configure(given)
     if given.get("print_config"):
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    from cromss.pretraining import estimate, pretrain
+    from cromss.parallel import launched
+    from cromss.pretraining import estimate, pretrain, process_count
     if given.get("dry_run"):
         print(_table(estimate(config)))
         return 0
+    if not launched() and (count := process_count(config)) > 1: return _launch(count, tokens)
     run = pretrain(config)
     if _first_rank(): print(run.folder)
     return 0
@@ -265,7 +279,7 @@ def _dispatch(tokens):
 
 def main(
     argv=None,   # command line tokens; None: those of this process
-):               # exit code: 0, 1 for a damaged store, 2 for a mistake, 130 when interrupted
+):               # exit code: 0, 1 for a damaged store, 2 for a mistake, 75 for a run that was stopped and can go on, 130 after Ctrl-C
     "The `cromss` command."
     try: return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except CromssError as e:

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'CONFIG_VERSION', 'CromssError', 'ConfigError', 'DataError', 'StoreError', 'WeightsError', 'check_names',
            'SelectionConfig', 'SmoothingConfig', 'PretrainConfig', 'preset', 'fit_decoder', 'change', 'layer',
            'field_names', 'to_dict', 'from_dict', 'dump_config', 'save_config', 'load_config', 'run_config',
-           'project_root', 'resolve']
+           'resume_folder', 'project_root', 'resolve']
 
 # %% ../nbs/00_config.ipynb #9b2f17be
 import difflib
@@ -130,14 +130,18 @@ class PretrainConfig:
     smoothing: SmoothingConfig | None = field(default_factory=SmoothingConfig)                          # None: hard labels
     seed: int = 42                            # of weights, seasons, crops, flips and the split
     precision: str = "auto"                   # "32-true", "bf16-mixed", "16-mixed", or "auto": bf16 where the hardware has it, else 32
+    compile: bool = False                     # compile the network by torch.compile: the first step takes minutes, the others less
+    deterministic: bool = False               # on a GPU: only algorithms that give the same bits again, which are slower; a CPU's do
+    accumulate: int = 1                       # batches in an optimizer step; thresholds and losses are of each batch
     num_workers: int = 0                      # processes that read data; 0: the training process itself
-    devices: int | str = "auto"               # Lightning's: number of devices, or "auto"
-    nodes: int = 1                            # Lightning's number of nodes
+    devices: int | str = "auto"               # processes of the command on this machine, a GPU each; "auto": all GPUs, or one process
+    nodes: int = 1                            # machines; more than one are started by torchrun or srun
     grid: str = "array"                       # SSL4EO-S12 v1 tree: "array" stacks as published, "geo" resamples by georeferencing
     stores: str = "stores"                    # folder of the stores that are prepared from sources
     runs: str = "runs"                        # folder of the run folders
     loggers: tuple[str, ...] = ("tensorboard",)  # also "wandb", "mlflow" (imported only if named); metrics.csv is always written
-    resume: str | None = None                 # a run folder to go on with
+    checkpoint_steps: int | None = None       # a checkpoint also every so many optimizer steps; there is always one at the end of an epoch
+    resume: str | None = None                 # a run folder to go on with; "auto": the run of this name, if it has begun
 
     def __post_init__(self):
         _normalise(self)
@@ -149,14 +153,16 @@ class PretrainConfig:
         _choice("consistency", self.consistency, ("ce", "kl", "mse", "none"))
         _choice("precision", self.precision, ("auto", "32-true", "bf16-mixed", "16-mixed"))
         _choice("grid", self.grid, ("array", "geo"))
-        for name in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes"): _whole(name, getattr(self, name), 1)
+        for name in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes", "accumulate"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "patience", "seed"): _whole(name, getattr(self, name), 0)
         _within("seed", self.seed, 0, 2 ** 32 - 1)
         _within("learning_rate", self.learning_rate, 0, 10)
         _within("weight_decay", self.weight_decay, 0, 1)
         _within("validation", self.validation, 0, 0.9)
         for name in self.loggers: _choice("loggers", name, ("tensorboard", "wandb", "mlflow"))
-        _flag("rotation", self.rotation)
+        for name in ("rotation", "compile", "deterministic"): _flag(name, getattr(self, name))
+        if self.checkpoint_steps is not None: _whole("checkpoint_steps", self.checkpoint_steps, 1)
+        if self.resume == "auto" and not self.name: raise ConfigError("resume='auto' goes on with the run of a name: give `name`, too")
         if self.encoder_depth is not None: _whole("encoder_depth", self.encoder_depth, 1)
         if self.devices != "auto": _whole("devices", self.devices, 1)
         if not self.sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")
@@ -326,6 +332,15 @@ def run_config(
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: not a run folder (no config.yaml); runs lie in the folder that `runs` named")
     return load_config(folder / "config.yaml")
+
+# %% ../nbs/00_config.ipynb #93800a84
+def resume_folder(
+    parameters,   # {field: value} with `resume`, and for "auto" `name` and `runs`
+):
+    "The run folder that `resume` means; None for a new run. 'auto' is the run of that name, if it has begun."
+    if parameters.get("resume") != "auto": return parameters.get("resume")
+    folder = resolve(parameters.get("runs") or "runs") / str(parameters.get("name"))
+    return str(folder) if (folder / "config.yaml").is_file() else None
 
 # %% ../nbs/00_config.ipynb #0bbc5a73
 def project_root(

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from .classes import IGNORE
-from .config import DataError
+from .config import DataError, StoreError
 from .sensors import to_unit, unit_values
 from .smoothing import smoothing_prior
 
@@ -165,12 +165,27 @@ class PatchDataset(Dataset):
         "One sample, a dict of tensors."
         epoch, index = item if isinstance(item, tuple) else (0, item)
         if not self.augment and not 0 <= index < len(self): raise IndexError(index)
+        location, chosen = self._decide(epoch, index)
+        try: return self.sample(location, chosen)
+        except StoreError as e: return self._stand_in(epoch, index, f"{self.store.key(location)}\t{e}")
+
+    def _decide(self, epoch, index):
+        "The location of a sample, and its Draw."
         place = int(np.searchsorted(self.ends, index % len(self), side="right"))
         location = int(self.locations[place])
-        if self.augment:
-            chosen = draw(self.seed, epoch, index, self.store.labelled(location, self.sensors), self.region(location), self.crop, self.rotation)
-        else: chosen = self._window(location, index - int(self.ends[place - 1] if place else 0))
-        return self.sample(location, chosen)
+        if not self.augment: return location, self._window(location, index - int(self.ends[place - 1] if place else 0))
+        return location, draw(self.seed, epoch, index, self.store.labelled(location, self.sensors), self.region(location), self.crop, self.rotation)
+
+    TRIES = 8   # places that are tried for a damaged one
+
+    def _stand_in(self, epoch, index, why):
+        "A sample for one that cannot be read: another place in training, drawn by (seed, epoch, index); else one without a usable pixel."
+        others = np.random.default_rng((self.seed, epoch, index, 1)).integers(len(self), size=self.TRIES) if self.augment else []
+        for other in others.tolist():
+            try: return self.sample(*self._decide(epoch, other)) | {"quarantined": why}
+            except StoreError: continue                    # it will be named when its own turn comes
+        location, chosen = self._decide(epoch, index)
+        return self._made(location, chosen, self._nothing(location)) | {"quarantined": why}
 
     def _window(self, location, offset):
         corners, seasons = windows(self.region(location), self.crop), self.store.labelled(location, self.sensors)
@@ -183,10 +198,13 @@ class PatchDataset(Dataset):
         chosen,     # a Draw
     ):
         "The sample of a location under given decisions, a dict of tensors."
-        arrays = self._read(location, chosen.season)
+        return self._made(location, chosen, self._read(location, chosen.season))
+
+    def _made(self, location, chosen, arrays):
+        "The sample of whole-patch arrays."
         arrays = {k: self._place(k, a, chosen) for k, a in arrays.items()}
         sample = {k: self._tensor(k, a) for k, a in arrays.items()}
-        sample |= {"season": torch.tensor(chosen.season), "key": self.store.keys[location]}
+        sample |= {"season": torch.tensor(chosen.season), "key": self.store.keys[location], "quarantined": ""}
         return sample | self._grid(location, chosen) if self.located else sample
 
     def _read(self, location, season):
@@ -198,6 +216,17 @@ class PatchDataset(Dataset):
         reference = self.store.read_reference(location) if self.store.has_reference else None
         if self.store.has_reference: arrays["reference"] = np.full_like(labels[season], IGNORE) if reference is None else reference[season]
         if self.smoothing: arrays["prior"] = self._prior(labels, season)
+        return arrays
+
+    def _nothing(self, location):
+        "Arrays as `_read` gives them, without a usable pixel."
+        shape, seasons, classes = self.store.shape(location), self.store.season_count, self.store.scheme.num_classes
+        bands = {s: len(self.bands[s]) if s in self.bands else self.store.sensors[s].num_bands for s in self.sensors}
+        dtype = np.uint8 if self.store.coding == "uint8" else np.float32
+        arrays = {f"image_{s}": np.zeros((n, *shape), dtype) for s, n in bands.items()}
+        arrays |= {"valid": np.zeros(shape, bool), "mask": np.full(shape, IGNORE, np.uint8), "season_masks": np.full((seasons, *shape), IGNORE, np.uint8)}
+        if self.store.has_reference: arrays["reference"] = np.full(shape, IGNORE, np.uint8)
+        if self.smoothing: arrays["prior"] = np.zeros((classes, *shape), np.float32)
         return arrays
 
     def _prior(self, labels, season):

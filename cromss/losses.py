@@ -13,12 +13,15 @@ import torch
 from .config import ConfigError
 from .selection import log_probabilities, sensor_log_probabilities
 
-# %% ../nbs/11_losses.ipynb #b7bcc951
-def _weighted_mean(values, weights):
-    "sum(weights * values) / sum(weights), 0 where all weights are 0; `values` of a pixel with weight 0 do not count, whatever they are."
-    total = weights.sum()
-    safe = torch.where(weights > 0, values, 0.)
-    return (weights * safe).sum() / torch.where(total > 0, total, 1.)
+# %% ../nbs/11_losses.ipynb #df45ac0e
+def _mean_sums(values, weights):
+    "sum(weights * values) and sum(weights), (2,); `values` of a pixel with weight 0 do not count, whatever they are."
+    return torch.stack([(weights * torch.where(weights > 0, values, 0.)).sum(), weights.sum()])
+
+def _mean(sums):
+    "The weighted mean of `_mean_sums`, or of several (..., 2); 0 where all weights are 0."
+    value, total = sums.unbind(-1)
+    return value / torch.where(total > 0, total, 1.)
 
 # %% ../nbs/11_losses.ipynb #1eb38bf0
 def weighted_cross_entropy(
@@ -27,9 +30,9 @@ def weighted_cross_entropy(
     weights,   # (B, H, W) in [0, 1]
 ):
     "Cross-entropy of soft targets, a weighted mean over pixels; a scalar."
-    return _cross_entropy(log_probabilities(logits), targets, weights)
+    return _mean(_cross_entropy_sums(log_probabilities(logits), targets, weights))
 
-def _cross_entropy(log_p, targets, weights): return _weighted_mean(-(targets * log_p).sum(1), weights)
+def _cross_entropy_sums(log_p, targets, weights): return _mean_sums(-(targets * log_p).sum(1), weights)
 
 # %% ../nbs/11_losses.ipynb #3d5f1362
 def weighted_dice(
@@ -38,14 +41,16 @@ def weighted_dice(
     weights,   # (B, H, W) in [0, 1]
 ):
     "Soft Dice loss of weighted pixels, over the batch, the mean over all classes; a scalar in [0, 1]."
-    return _dice(log_probabilities(logits), targets, weights)
+    return _dice(_dice_sums(log_probabilities(logits), targets, weights))
 
-def _dice(log_p, targets, weights):
+def _dice_sums(log_p, targets, weights):
+    "Per class: the overlap, the size of both, and the target that any weight is on, (3, C)."
     p, w, over = log_p.exp(), weights.unsqueeze(1), (0, 2, 3)
-    overlap = (w * p * targets).sum(over)
-    total = (w * p).sum(over) + (w * targets).sum(over)
-    present = ((w > 0) * targets).sum(over) > 0
-    return (present * (1 - 2 * overlap / total.clamp(min=1e-7))).mean()
+    return torch.stack([(w * p * targets).sum(over), (w * p).sum(over) + (w * targets).sum(over), ((w > 0) * targets).sum(over)])
+
+def _dice(sums):
+    overlap, total, target = sums
+    return ((target > 0) * (1 - 2 * overlap / total.clamp(min=1e-7))).mean()
 
 # %% ../nbs/11_losses.ipynb #379c8971
 def consistency(
@@ -62,11 +67,14 @@ def consistency_terms(
     kind="ce",    # "ce", "kl" or "mse"
 ):
     "The consistency term that trains each sensor: {sensor: scalar}; empty for a single sensor."
+    return {s: _mean(sums).mean() for s, sums in _consistency_sums(sensor_log_probabilities(logits), weights, kind).items()}
+
+def _consistency_sums(log_p, weights, kind):
+    "The sums of every student's teachers, {sensor: (teachers, 2)}."
     if kind not in _DISTANCES: raise ConfigError(f"consistency={kind!r}: choose one of {', '.join(map(repr, _DISTANCES))}")
-    log_p = sensor_log_probabilities(logits)
-    def taught(student, teacher): return _weighted_mean(_DISTANCES[kind](log_p[teacher].detach(), log_p[student]), weights[teacher])
+    def taught(student, teacher): return _mean_sums(_DISTANCES[kind](log_p[teacher].detach(), log_p[student]), weights[teacher])
     others = {s: [t for t in log_p if t != s] for s in log_p}
-    return {s: sum(taught(s, t) for t in teachers) / len(teachers) for s, teachers in others.items() if teachers}
+    return {s: torch.stack([taught(s, t) for t in teachers]) for s, teachers in others.items() if teachers}
 
 _DISTANCES = {
     "ce": lambda teacher, student: -(teacher.exp() * student).sum(1),
@@ -86,11 +94,19 @@ def cromss_loss(
     targets,     # (B, C, H, W) soft targets, one for all sensors
     selection,   # Selection: label weights and prediction weights by sensor
     config,      # with `loss` ("ce+dice" or "ce") and `consistency` ("ce", "kl", "mse" or "none"), as a PretrainConfig has
+    reduce=None, # function that adds a tensor up over all processes, with a gradient; None: this one is alone
 ):
     "Segmentation losses of every sensor, and their consistency, as a Loss."
     log_p, weights = sensor_log_probabilities(logits), selection.label_weights
-    parts = {f"ce_{s}": _cross_entropy(p, targets, weights[s]) for s, p in log_p.items()}
-    if "dice" in config.loss: parts |= {f"dice_{s}": _dice(p, targets, weights[s]) for s, p in log_p.items()}
+    sums = {f"ce_{s}": _cross_entropy_sums(p, targets, weights[s]) for s, p in log_p.items()}
+    if "dice" in config.loss: sums |= {f"dice_{s}": _dice_sums(p, targets, weights[s]) for s, p in log_p.items()}
     if config.consistency != "none":
-        parts |= {f"consistency_{s}": t for s, t in consistency_terms(log_p, selection.prediction_weights, config.consistency).items()}
+        sums |= {f"consistency_{s}": t for s, t in _consistency_sums(log_p, selection.prediction_weights, config.consistency).items()}
+    if reduce: sums = _together(sums, reduce)
+    parts = {name: _dice(s) if name.startswith("dice") else _mean(s).mean() for name, s in sums.items()}
     return Loss(sum(parts.values()), {name: part.detach() for name, part in parts.items()})
+
+def _together(sums, reduce):
+    "All sums through `reduce`, in one call."
+    whole = reduce(torch.cat([s.flatten() for s in sums.values()])).split([s.numel() for s in sums.values()])
+    return {name: part.view_as(s) for part, (name, s) in zip(whole, sums.items())}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'write_whole', 'environment', 'Run', 'list_runs']
 
-# %% ../nbs/14_runs.ipynb #598d9464
+# %% ../nbs/14_runs.ipynb #865647c8
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -83,14 +85,28 @@ class Run:
         config,   # PretrainConfig; its `runs` and `name` say where
     ):
         "Make the folder, with config.yaml and environment.json. Raises ConfigError if a run is there already or nothing can be written."
-        folder = resolve(config.runs) / (_checked_name(config.name) or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = resolve(config.runs) / (_checked_name(config.name) or _dated_name(resolve(config.runs), config.preset))
         run = cls(folder, config)
         run._make_folders()
         if (folder / "config.yaml").exists():
             raise ConfigError(f"{folder}: a run is here already; choose another `name`, or go on with it by resume={str(folder)!r}")
-        write_whole(folder / "config.yaml", dump_config(config))
-        write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
+        run._note("environment.json")
         return run
+
+    def go_on(
+        self,
+        config,   # PretrainConfig that it goes on with
+    ):
+        "The run with another configuration, which config.yaml then holds; the start is noted in environment-2.json, -3 and so on. Raises ConfigError if nothing can be written."
+        run = type(self)(self.folder, config)
+        run._make_folders()
+        run._note(f"environment-{1 + len(list(self.folder.glob('environment*.json')))}.json")
+        return run
+
+    def _note(self, name):
+        "Write the start's environment and, last, config.yaml: what makes the folder a run."
+        write_whole(self.folder / name, json.dumps(environment(), indent=1))
+        write_whole(self.folder / "config.yaml", dump_config(replace(self.config, resume=None)))
 
     @classmethod
     def open(
@@ -121,7 +137,14 @@ class Run:
 
     def metrics(self):
         "metrics.csv as a DataFrame, a row per epoch; empty before the first."
-        path = self.folder / "metrics.csv"
+        return self._table("metrics.csv")
+
+    def timing(self):
+        "timing.csv as a DataFrame: seconds and processes of every epoch; what two runs never share is kept apart from metrics.csv."
+        return self._table("timing.csv")
+
+    def _table(self, name):
+        path = self.folder / name
         return pd.read_csv(path) if path.exists() else pd.DataFrame()
 
     def add_metrics(
@@ -129,10 +152,32 @@ class Run:
         row,   # {column: number}, with "epoch"
     ):
         "Add an epoch's row to metrics.csv; rows of the same or later epochs, left by an interrupted try, give way."
-        table = self.metrics()
+        self.add_row("metrics.csv", row)
+
+    def add_row(
+        self,
+        name,   # of a CSV file in the folder
+        row,    # {column: value}, with "epoch"
+    ):
+        "Add an epoch's row to a table; rows of the same or later epochs give way."
+        table = self._table(name)
         if len(table): table = table[table["epoch"] < row["epoch"]]
         table = pd.concat([table, pd.DataFrame([row])], ignore_index=True) if len(table) else pd.DataFrame([row])
-        write_whole(self.folder / "metrics.csv", table.to_csv(index=False))
+        write_whole(self.folder / name, table.to_csv(index=False))
+
+    def cut_back(
+        self,
+        epoch,   # the one that training goes on with
+        step,    # optimizer steps that are done
+    ):
+        "Remove what was noted after a checkpoint: rows of this or later epochs, and skipped steps from this one on."
+        for name in ("metrics.csv", "timing.csv"):
+            table = self._table(name)
+            if len(table) and (table["epoch"] >= epoch).any(): write_whole(self.folder / name, table[table["epoch"] < epoch].to_csv(index=False))
+        log = self.folder / "skipped_steps.log"
+        if not log.exists(): return
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines(True) if int(line.split()[0]) < step]
+        write_whole(log, "".join(kept)) if kept else log.unlink()
 
     def save_figure(
         self,
@@ -158,6 +203,11 @@ class Run:
     def files(self):
         "What lies in the folder: {relative path: bytes}."
         return {str(p.relative_to(self.folder)): p.stat().st_size for p in sorted(self.folder.rglob("*")) if p.is_file()}
+
+def _dated_name(root, preset):
+    "Preset, date and time; and a number if there is such a run already."
+    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(n for n in (name, *(f"{name}-{i}" for i in itertools.count(2))) if not (root / n / "config.yaml").exists())
 
 def _checked_name(name):
     if name is not None and not re.fullmatch(r"[\w][\w .+=-]*", name):

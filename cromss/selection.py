@@ -137,6 +137,7 @@ def class_thresholds(
     method="histogram",    # "histogram" (lower by at most 2**-8 of the value) or "exact"
     per_class=True,        # False: one threshold for all classes
     valid=None,            # (B, H, W) bool
+    reduce=None,           # function that adds a tensor up over all processes; None: this one is alone
 ):
     "The max(1, floor(n keep))-th largest confidence of every class, (C,) float32; 0 for a class without pixels. No loop, no host sync."
     if method not in ("histogram", "exact"): raise ConfigError(f"method={method!r}: choose one of 'histogram', 'exact'")
@@ -145,19 +146,20 @@ def class_thresholds(
     groups = groups.masked_fill(~usable, num_classes).long()
     bits = confidence.float().contiguous().flatten().view(torch.int32).clamp(0, 2 ** 30 - 1).long()   # NaN counts as the largest, -0. as 0.
     upper, rows = bits >> 15, num_classes + 1
-    counts = _count(groups * BINS + upper, rows * BINS).view(rows, BINS)
+    add = reduce or (lambda counts: counts)
+    counts = add(_count(groups * BINS + upper, rows * BINS)).view(rows, BINS)
     total = counts.sum(1)
     rank = (total.double() * keep).floor().long().clamp(min=1)
     found, rest = _find_bin(counts, rank)
     threshold = found << 15
-    if method == "exact": threshold = threshold | _refine(groups, bits, upper, found, rest, rows)
+    if method == "exact": threshold = threshold | _refine(groups, bits, upper, found, rest, rows, add)
     tau = threshold.int().view(torch.float32).masked_fill(total == 0, 0)[:num_classes]
     return tau if per_class else tau[:1].expand(num_classes)
 
-def _refine(groups, bits, upper, found, rest, rows):
+def _refine(groups, bits, upper, found, rest, rows, add):
     "The lower 15 bits of every row's threshold, from the values in its found bin; row `rows` takes all others."
     here = torch.where(upper == found[groups], groups, rows)
-    counts = _count(here * BINS + (bits & (BINS - 1)), (rows + 1) * BINS).view(rows + 1, BINS)[:rows]
+    counts = add(_count(here * BINS + (bits & (BINS - 1)), (rows + 1) * BINS)).view(rows + 1, BINS)[:rows]
     return _find_bin(counts, rest)[0]
 
 # %% ../nbs/09_selection.ipynb #fe667888
@@ -209,6 +211,7 @@ def select(
     epoch,              # 0-based epoch, for the ramp
     config,             # SelectionConfig; None: no selection
     valid=None,         # (B, H, W) bool
+    reduce=None,        # function that adds a tensor up over all processes, so that thresholds are those of the global batch; None: this one is alone
 ):
     "Confidences, entangling, thresholds and weights of a batch, as a Selection. Raises DataError for labels that are no classes, or sensors of other classes."
     _check_inputs(logits, labels)
@@ -218,7 +221,7 @@ def select(
     own_prediction = {s: _prediction_confidence(p, kind, valid) for s, p in log_p.items()}
     label, prediction = entangle(own_label), entangle(own_prediction)
     num_classes = next(iter(logits.values())).shape[1]
-    found = _weigh(label, prediction, labels, epoch, config, valid, num_classes)
+    found = _weigh(label, prediction, labels, epoch, config, valid, num_classes, reduce)
     return Selection(own_label, own_prediction, label, prediction, *found)
 
 def _check_inputs(logits, labels):
@@ -227,12 +230,12 @@ def _check_inputs(logits, labels):
     if len(set(classes.values())) != 1: raise DataError(f"logits of {classes or 'no sensor'} classes: give one sensor or more, all of the same classes")
     if labels.device.type == "cpu" or labels.is_floating_point(): check_labels(labels, next(iter(classes.values())))
 
-def _weigh(label, prediction, labels, epoch, config, valid, num_classes):
+def _weigh(label, prediction, labels, epoch, config, valid, num_classes, reduce):
     "Label weights, prediction weights, thresholds and the kept fraction."
     if config is None: return _weigh_nothing(label, labels, valid, num_classes)
     keep = keep_fraction(epoch, config.ramp_epochs, config.keep, config.ramp)
     r = ramp(epoch, config.ramp_epochs, config.ramp)
-    tau = {s: class_thresholds(c, labels, keep, num_classes, config.method, config.per_class, valid) for s, c in label.items()}
+    tau = {s: class_thresholds(c, labels, keep, num_classes, config.method, config.per_class, valid, reduce) for s, c in label.items()}
     weights = {s: _apply_thresholds(c, labels, keep, tau[s], valid) for s, c in label.items()}
     return weights, {s: prediction_weights(c, r, valid) for s, c in prediction.items()}, tau, keep
 

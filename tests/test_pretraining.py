@@ -368,7 +368,7 @@ def test_skipped_steps_with_a_gradient_scaler(scenes, folder, monkeypatch, unfin
     class Scaled(MixedPrecision):
         "float16's scaler, around float32 arithmetic: what a GPU does, on any machine."
         def autocast_context_manager(self): return torch.autocast("cpu", enabled=False)
-    def trainer(config, run):
+    def trainer(config, run, *_):
         made = L.Trainer(max_epochs=config.epochs, accelerator="cpu", devices=1, logger=False, plugins=[Scaled("16-mixed", "cpu")], default_root_dir=run.folder, use_distributed_sampler=False,
                          num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         return made
@@ -403,7 +403,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(scenes, folder, unfinished,
     again = pretrain(configure({"resume": str(run.folder)}), scenes)
     whole = pretrain(config, scenes)
     assert again.folder == run.folder and again.metrics()["epoch"].tolist() == [0, 1, 2]
-    a, b = (r.metrics().drop(columns="seconds") for r in (again, whole))
+    a, b = (r.metrics() for r in (again, whole))
     assert a.equals(b) and same(last(again), last(whole))
     schedules = [torch.load(newest_checkpoint(r), weights_only=True)["lr_schedulers"] for r in (again, whole)]
     assert schedules[0] == schedules[1] and len(schedules[0]) == 1
@@ -470,7 +470,11 @@ def test_a_broken_newest_checkpoint_falls_back(scenes, folder, unfinished):
 
 def test_interrupted_before_the_first_checkpoint(scenes, folder, unfinished):
     run = interrupted(tiny(folder), scenes, 1)
-    refusal(lambda: pretrain(configure({"resume": str(run.folder)}), scenes), WeightsError, "no sound checkpoint")
+    with pytest.warns(UserWarning, match="stopped before its first checkpoint, it begins anew"): again = pretrain(configure({"resume": str(run.folder)}), scenes)
+    assert same(last(again), last(pretrain(tiny(folder, name="whole"), scenes)))
+    for path in run.checkpoints.glob("*.ckpt"): path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"):
+        refusal(lambda: pretrain(configure({"resume": str(run.folder)}), scenes), WeightsError, "no sound checkpoint (epoch=0001.ckpt, epoch=0000.ckpt)", "start the run anew")
 
 
 def test_two_checkpoints_are_kept(scenes, folder, unfinished):
@@ -484,10 +488,10 @@ def test_a_disk_that_refuses_a_checkpoint(scenes, folder, unfinished, monkeypatc
     def save(*args, **kwargs):
         calls.append(1)
         if len(calls) > 1:
-            Path(args[1]).write_bytes(b"half")
+            args[1].write(b"half")
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
-    monkeypatch.setattr(module.torch, "save", save)
+    monkeypatch.setattr("torch.save", save)
     refusal(lambda: pretrain(tiny(folder), scenes), ConfigError, "epoch=0001.ckpt: the checkpoint cannot be written (No space left on device)", "free space")
     run = Run.open(folder / "runs" / "run")
     assert newest_checkpoint(run).name == "epoch=0000.ckpt" and not [p for p in run.checkpoints.iterdir() if p.name.startswith(".") or "0001.ckpt" in p.name]
@@ -640,7 +644,7 @@ def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(scenes,
     runs = [pretrain(tiny(folder, name=f"r{i}", **c), scenes) for i, c in enumerate(({}, {}, dict(num_workers=1), dict(num_workers=2), dict(seed=7)))]
     states = [last(r) for r in runs]
     assert all(same(states[0], s) for s in states[1:4]) and not same(learned(states[0]), learned(states[4]))
-    tables = [r.metrics().drop(columns="seconds") for r in runs]
+    tables = [r.metrics() for r in runs]
     assert all(tables[0].equals(t) for t in tables[1:4]) and not tables[0].equals(tables[4])
 
 
@@ -772,6 +776,7 @@ def test_changed_data_are_refused_on_resume(scenes, folder, unfinished):
 
 def test_more_devices_than_there_are(scenes, folder):
     refusal(lambda: pretrain(tiny(folder, devices=10_000), scenes), ConfigError, "devices=10000", "lower it")
+    refusal(lambda: pretrain(tiny(folder, nodes=2), scenes), ConfigError, "nodes=2", "torchrun or srun")
     assert not (folder / "runs").exists()
 
 
