@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NESTED', 'FLAGS', 'LISTS', 'TEMPLATES', 'COMMANDS', 'field_comments', 'read_config', 'main']
 
-# %% ../nbs/22_cli.ipynb #6ef0ec39
+# %% ../nbs/22_cli.ipynb #1847bba8
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -148,6 +149,7 @@ def _launch(count, tokens):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)       # the processes speak for themselves
     try: torchrun(["--standalone", f"--nproc-per-node={count}", "--no-python", sys.executable, "-c", "import sys; from cromss.cli import main; sys.exit(main())", "pretrain", *tokens])
     except ChildFailedError as e:
         codes = [failure.exitcode for failure in e.failures.values()]
@@ -283,7 +285,8 @@ def main(
     "The `cromss` command."
     try: return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except CromssError as e:
-        print(f"cromss: {' '.join(str(e).split())}", file=sys.stderr)
+        common = isinstance(e, ConfigError) or hasattr(e, "exit_code")        # of several processes, all come to it: one says so
+        if _first_rank() or not common: print(f"cromss: {' '.join(str(e).split())}", file=sys.stderr)
         return getattr(e, "exit_code", 2)
     except KeyboardInterrupt:
         print("cromss: interrupted", file=sys.stderr)

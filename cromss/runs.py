@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'write_whole', 'environment', 'Run', 'list_runs']
 
-# %% ../nbs/14_runs.ipynb #865647c8
+# %% ../nbs/14_runs.ipynb #b32076cf
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -39,7 +40,7 @@ def write_whole(
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as e:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): beside.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({e.strerror}); free space or choose another `runs` folder") from e
 
 # %% ../nbs/14_runs.ipynb #a4d521db
@@ -207,7 +208,8 @@ class Run:
 def _dated_name(root, preset):
     "Preset, date and time; and a number if there is such a run already."
     name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(n for n in (name, *(f"{name}-{i}" for i in itertools.count(2))) if not (root / n / "config.yaml").exists())
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(n for n in names if not (root / n / "config.yaml").exists())
 
 def _checked_name(name):
     if name is not None and not re.fullmatch(r"[\w][\w .+=-]*", name):
