@@ -612,7 +612,7 @@ def pretrain(
     if start == FINISHED: return earlier
     run, task.ranks = ranks.first(lambda: _begin(config, earlier, data, ranks)), ranks
     trainer = _fit(run, task, data, start)
-    if trainer.is_global_zero: _finish(run, task.to(trainer.strategy.root_device), data)
+    ranks.first(lambda: _finish(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
     return run
 
 def _make_task(config, store):

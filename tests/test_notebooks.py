@@ -1,8 +1,11 @@
 "The papermill template, run as users run it: in a process and a kernel of its own, with tiny parameters."
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,30 @@ def test_on_real_tiles(root, sample, tmp_path):
     assert stored.name.startswith("ssl4eo-s12-") and run.summary()["store"] == str(stored) and "one location in two blocks" in run.summary()["split"]
     assert run.metrics()["epoch"].tolist() == [0] and run.metrics().notna().all().all() and 0 < run.metrics()["train_usable_share"].iloc[0] <= 1
     assert set(run.summary()["validation"]) >= {"oa_s1", "miou_s2", "miou_mean"} and not [k for k in run.summary()["validation"] if "reference" in k]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the kernel")
+def test_a_signal_to_the_kernel_ends_it_with_the_command_that_goes_on(root, tmp_path):
+    "As SLURM's USR1 to every process of a job: the notebook keeps what it has shown, and says how to go on."
+    store, runs = prepare(ScenesSource(count=8, size=32), tmp_path / "store", progress=False), tmp_path / "runs"
+    given = dict(data=str(store.folder), runs=str(runs), stores=str(tmp_path / "stores"), **TINY | {"epochs": 400})
+    def tell():
+        while not (runs / "tiny" / "metrics.csv").exists(): time.sleep(0.1)
+        lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+        kernels = [int(line.split()[0]) for line in lines if "ipykernel_launcher" in line and _parent_of(int(line.split()[0])) == os.getpid()]
+        for pid in kernels: os.kill(pid, signal.SIGUSR1)
+    threading.Thread(target=tell, daemon=True).start()
+    done, book = papermill(root, tmp_path / "out.ipynb", **given)
+    error, = [o for o in outputs(book) if o["output_type"] == "error"]
+    run, = list_runs(runs)
+    assert done.returncode != 0 and error["ename"] == "Interrupted" and "stopped by SIGUSR1" in error["evalue"]
+    assert f"go on by: papermill nbs/pretrain.ipynb out.ipynb -p resume {run.folder}" in error["evalue"] and f"{run.folder}: 0 of 800 steps are done" in text(book)
+    finished = len(run.metrics())
+    assert 0 < finished < 400 and list(run.checkpoints.glob("*.ckpt"))
+
+
+def _parent_of(pid):
+    "The process that started the one that started this process: papermill stands between."
+    def parent(pid): return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    try: return parent(parent(pid))
+    except (OSError, ValueError): return None
