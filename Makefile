@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test lab readme notebooks docs lock clean
+.PHONY: help setup pretrain test bench lab readme notebooks docs lock clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ pretrain: setup  ## pretrain on the built-in scenes by papermill (NAME=..., ARGS
 test: setup  ## run the notebooks as tests, then pytest; the checkout is left as it is
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(PY) -m pytest tests -q -ra -p no:cacheprovider
+
+bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 8 minutes, on a machine with nothing else to do)
+	$(PY) bench/bench.py $(ARGS)
 
 lab: setup  ## open JupyterLab in nbs/
 	$(PY) -m jupyterlab --notebook-dir=nbs

@@ -15,6 +15,7 @@ import os
 import platform
 import pstats
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from cromss.config import PretrainConfig, SelectionConfig, SmoothingConfig
-from cromss.dataset import PatchDataset, StepSampler, collate
+from cromss.dataset import PatchDataset, StepSampler, collate, to_images
 from cromss.losses import cromss_loss
 from cromss.prepare import prepare
 from cromss.scenes import ScenesSource
@@ -198,18 +199,19 @@ def bench_input(results, settings):
         store, records = make_stores(folder, settings.locations)
         theirs = published.PublishedDataset(records, len(store))
         same.check_priors(store, theirs)
-        theirs, ours = Draws(theirs, epochs=False), Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig()))
-        t = by_turns({"published": theirs, "ours": ours,
-                      "published batch": lambda: default_collate(theirs()), "our batch": lambda: collate(ours())}, settings)
-        what = "input with smoothing, 264 px in, 256 px out"
-        results.add(Row(f"{what}: samples, one core", t["published"], t["ours"], "samples/s", 8, "10 (20 wished)"))
-        results.add(Row(f"{what}: in batches of 8, one core", t["published batch"], t["our batch"], "samples/s", 8))
+        theirs, ours = Draws(theirs, epochs=False), Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True))
+        whole = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig()))
+        t = by_turns({"published": lambda: default_collate(theirs()), "ours": lambda: to_images(collate(ours())),
+                      "published samples": theirs, "our samples": whole}, settings)
+        what = "input with smoothing, 264 px in, 256 px out, one core"
+        results.add(Row(f"{what}: batches of 8 floats, as a step gets them", t["published"], t["ours"], "samples/s", 8, "10 (20 wished)"))
+        results.add(Row(f"{what}: single samples with all fields, not batched", t["published samples"], t["our samples"], "samples/s", 8))
         results.limits += input_limits(store, statistics.median(t["ours"]) / 8, settings)
 
 
 def parts_of_a_sample(store, settings):
     "Seconds a sample of our datasets, whole and with parts left out, and of reading, checking and blurring by themselves."
-    def draws(smoothing=None, augment=True): return Draws(PatchDataset(store, augment=augment, rotation=True, smoothing=smoothing), epochs=augment)
+    def draws(smoothing=None, augment=True): return Draws(PatchDataset(store, augment=augment, rotation=True, smoothing=smoothing, lean=True), epochs=augment)
     places, labels = range(len(store)), [store.read_labels(i) for i in range(len(store))]
     seasons, taps = [store.read(i, 0)["images"] for i in places], cv2.getGaussianKernel(25, 3)
     votes = np.random.default_rng(0).random((published.CLASSES, *store.shape(0)), np.float32)
@@ -247,7 +249,7 @@ def profile_input(settings, samples=200, lines=20):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store, _ = make_stores(folder, settings.locations)
-        draws = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig()))
+        draws = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True))
         draws(len(store))
         profile = cProfile.Profile()
         profile.runcall(draws, samples)
@@ -263,7 +265,7 @@ def bench_workers(results, settings):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store, _ = make_stores(folder, settings.locations)
-        dataset = PatchDataset(store, rotation=True, smoothing=SmoothingConfig())
+        dataset = PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True)
         loaders = {n: DataLoader(dataset, batch_sampler=StepSampler(len(dataset), 8, min_steps=settings.batches), collate_fn=collate,
                                  num_workers=n, persistent_workers=True) for n in (1, 2)}
         t = by_turns({n: lambda loader=loader: [None for _ in loader] for n, loader in loaders.items()}, settings)
@@ -396,9 +398,31 @@ def time_step(results, settings, encoder, size, side):
         results.limits.append(Limit(f"{what}, {kind}", m[kind], m[f"alone {kind}"], "forward and backward of the network alone"))
 
 
+# ---- processes
+
+def command_seconds(data, folder, name, processes, settings):
+    "Seconds a step of `cromss pretrain` in some processes of one thread each: a ResNet-18 U-Net at 128 px, 8 crops a step; from timing.csv, the first epoch left out."
+    options = {"data": data, "runs": folder, "name": name, "devices": processes, "batch_size": 8 // processes, "crop": 128, "epochs": 3, "min_steps": settings.batches,
+               "validation": 0, "loggers": "[]", "precision": "32-true"}
+    command = [sys.executable, "-c", "import sys; from cromss.cli import main; sys.exit(main())", "pretrain", *(f"--{k}={v}" for k, v in options.items())]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = (Path(folder) / name / "timing.csv").read_text().splitlines()
+    return statistics.mean(float(line.split(",")[1]) for line in lines[2:]) / settings.batches
+
+
+def bench_processes(results, settings, rounds=2):
+    "Steps of the command in two processes against one, both ours; the crops of a step are the same."
+    with tempfile.TemporaryDirectory() as folder:
+        store = prepare(ScenesSource(count=settings.locations, size=128, seed=1), Path(folder) / "store", progress=False)
+        times = {n: [] for n in (1, 2)}
+        for i in range(rounds):
+            for n, t in times.items(): t.append(command_seconds(store.folder, Path(folder) / "runs", f"{n}-{i}", n, settings))
+        results.add(Row("cromss pretrain, both ours: 1 process of one thread (left) against 2, the crops of a step the same", times[1], times[2], "pairs/s", 8, "2"))
+
+
 # ---- the command
 
-BENCHES = {"input": bench_input, "workers": bench_workers, "selection": bench_selection, "losses": bench_losses, "step": bench_step}
+BENCHES = {"input": bench_input, "workers": bench_workers, "processes": bench_processes, "selection": bench_selection, "losses": bench_losses, "step": bench_step}
 
 
 def arguments(argv=None):

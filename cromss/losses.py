@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['weighted_cross_entropy', 'weighted_dice', 'consistency', 'consistency_terms', 'Loss', 'cromss_loss']
 
-# %% ../nbs/11_losses.ipynb #2384fee5
+# %% ../nbs/11_losses.ipynb #72cf43fc
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .config import ConfigError
-from .selection import log_probabilities, sensor_log_probabilities
+from .selection import image_by_image, log_probabilities, probabilities, sensor_log_probabilities
 
-# %% ../nbs/11_losses.ipynb #df45ac0e
+# %% ../nbs/11_losses.ipynb #36198bb2
+def _counted(values, weights):
+    "`values`, or where one is not finite with 0 wherever `weights` are 0. A GPU, which would have to wait for the answer, is not asked."
+    if values.device.type == "cpu" and values.detach().sum().isfinite(): return values
+    return values.masked_fill(weights == 0, 0)
+
 def _mean_sums(values, weights):
-    "sum(weights * values) and sum(weights), (2,); `values` of a pixel with weight 0 do not count, whatever they are."
-    return torch.stack([(weights * torch.where(weights > 0, values, 0.)).sum(), weights.sum()])
+    "sum(weights * values) and sum(weights), (2,)."
+    return torch.stack([(weights * _counted(values, weights)).sum(), weights.sum()])
 
 def _mean(sums):
     "The weighted mean of `_mean_sums`, or of several (..., 2); 0 where all weights are 0."
@@ -30,7 +36,8 @@ def weighted_cross_entropy(
     weights,   # (B, H, W) in [0, 1]
 ):
     "Cross-entropy of soft targets, a weighted mean over pixels; a scalar."
-    return _mean(_cross_entropy_sums(log_probabilities(logits), targets, weights))
+    w = weights.unsqueeze(1)
+    return _mean(_cross_entropy_sums(log_probabilities(_counted(logits, w)), _counted(targets, w), weights))
 
 def _cross_entropy_sums(log_p, targets, weights): return _mean_sums(-(targets * log_p).sum(1), weights)
 
@@ -41,12 +48,14 @@ def weighted_dice(
     weights,   # (B, H, W) in [0, 1]
 ):
     "Soft Dice loss of weighted pixels, over the batch, the mean over all classes; a scalar in [0, 1]."
-    return _dice(_dice_sums(log_probabilities(logits), targets, weights))
+    return _dice(_dice_sums(log_probabilities(_counted(logits, weights.unsqueeze(1))).exp(), targets, weights))
 
-def _dice_sums(log_p, targets, weights):
-    "Per class: the overlap, the size of both, and the target that any weight is on, (3, C)."
-    p, w, over = log_p.exp(), weights.unsqueeze(1), (0, 2, 3)
-    return torch.stack([(w * p * targets).sum(over), (w * p).sum(over) + (w * targets).sum(over), ((w > 0) * targets).sum(over)])
+def _dice_sums(p, targets, weights):
+    "Per class: the overlap, the size of both, and that of the target alone, (3, C)."
+    w, over = weights.unsqueeze(1), (0, 2, 3)
+    p, wz = _counted(p, w), w * _counted(targets, w)
+    target = wz.sum(over)
+    return torch.stack([(wz * p).sum(over), (w * p).sum(over) + target, target])
 
 def _dice(sums):
     overlap, total, target = sums
@@ -67,20 +76,85 @@ def consistency_terms(
     kind="ce",    # "ce", "kl" or "mse"
 ):
     "The consistency term that trains each sensor: {sensor: scalar}; empty for a single sensor."
-    return {s: _mean(sums).mean() for s, sums in _consistency_sums(sensor_log_probabilities(logits), weights, kind).items()}
+    _check_kind(kind)
+    if len(logits) == 1: return {}
+    log_p = sensor_log_probabilities(logits)
+    sums = _consistency_sums(kind, [l.exp() for l in log_p.values()], list(log_p.values()), [weights[s] for s in log_p])
+    return {s: _mean(of_teachers).mean() for s, of_teachers in zip(log_p, sums)}
 
-def _consistency_sums(log_p, weights, kind):
-    "The sums of every student's teachers, {sensor: (teachers, 2)}."
-    if kind not in _DISTANCES: raise ConfigError(f"consistency={kind!r}: choose one of {', '.join(map(repr, _DISTANCES))}")
-    def taught(student, teacher): return _mean_sums(_DISTANCES[kind](log_p[teacher].detach(), log_p[student]), weights[teacher])
-    others = {s: [t for t in log_p if t != s] for s in log_p}
-    return {s: torch.stack([taught(s, t) for t in teachers]) for s, teachers in others.items() if teachers}
+def _check_kind(kind, *others):
+    if kind not in (*_DISTANCES, *others): raise ConfigError(f"consistency={kind!r}: choose one of {', '.join(map(repr, _DISTANCES))}")
 
-_DISTANCES = {
-    "ce": lambda teacher, student: -(teacher.exp() * student).sum(1),
-    "kl": lambda teacher, student: (teacher.exp() * (teacher - student)).sum(1),
-    "mse": lambda teacher, student: (teacher.exp() - student.exp()).pow(2).sum(1),
+def _teachers(kind, sensors):
+    "The numbers of each sensor's teachers, a list by sensor."
+    return [[t for t in range(sensors) if t != s and kind != "none"] for s in range(sensors)]
+
+def _consistency_sums(kind, p, log_p, weights):
+    "The sums of every student's teachers, a list of (teachers, 2); empty if nothing is taught."
+    def taught(s, t): return _mean_sums(_DISTANCES[kind](p[t].detach(), log_p[t].detach(), p[s], log_p[s]), weights[t])
+    return [torch.stack([taught(s, t) for t in teachers]) for s, teachers in enumerate(_teachers(kind, len(p))) if teachers]
+
+_DISTANCES = {   # of a student (p) from its teacher (q)
+    "ce": lambda q, log_q, p, log_p: -(q * log_p).sum(1),
+    "kl": lambda q, log_q, p, log_p: (q * (log_q - log_p)).sum(1),
+    "mse": lambda q, log_q, p, log_p: (q - p).pow(2).sum(1),
 }
+
+# %% ../nbs/11_losses.ipynb #79eebaa6
+def _split(values, parts):
+    "A sequence in so many equal parts."
+    n = len(values) // parts
+    return [values[i * n:(i + 1) * n] for i in range(parts)]
+
+def _sums(kind, targets, *of_sensors):
+    "The sums of every sensor's cross-entropy, of every one's Dice, and of every one's teachers, in one list."
+    own, trust, log_p = _split(of_sensors, 3)
+    targets, p = targets.to(log_p[0].dtype).contiguous(), [probabilities(l) for l in log_p]
+    ce = [_cross_entropy_sums(l, targets, w) for l, w in zip(log_p, own)]
+    dice = [_dice_sums(q, targets, w) for q, w in zip(p, own)]
+    return ce + dice + _consistency_sums(kind, p, log_p, trust)
+
+_PULLS = {   # towards its teacher (q) on a student's ln p: minus the derivative of the distance
+    "ce": lambda q, p: q,
+    "kl": lambda q, p: q,
+    "mse": lambda q, p: 2 * (q - p) * p,
+}
+
+def _write_slope(out, p, targets, w, ce, dice):
+    "The gradient of a sensor's own sums by ln P, from the loss's gradients by them."
+    overlap, size, _ = dice.unsqueeze(-1).unsqueeze(-1)
+    torch.mul(targets, overlap, out=out).add_(size).mul_(p).mul_(w)
+    out.addcmul_(targets, ce[0] * w, value=-1)
+
+def _write_gradients(kind, grads, targets, *of_sensors):
+    "The gradients by the logits of every sensor, into the last part of `of_sensors`."
+    own, trust, log_p, out = _split(of_sensors, 4)
+    own, trust, n = [w.unsqueeze(1) for w in own], [w.unsqueeze(1) for w in trust], len(own)
+    ce, dice, taught = grads[:n], grads[n:2 * n], grads[2 * n:]
+    targets, teaching = _counted(targets.to(log_p[0].dtype).contiguous(), sum(own)), sum(trust) if taught else 0
+    p = [_counted(probabilities(l), w + teaching) for l, w in zip(log_p, own)]
+    for s, teachers in enumerate(_teachers(kind, n)):
+        _write_slope(out[s], p[s], targets, own[s], ce[s], dice[s])
+        for i, t in enumerate(teachers): out[s].addcmul_(_PULLS[kind](p[t], p[s]), taught[s][i, 0] * trust[t], value=-1)
+        out[s].addcmul_(p[s], out[s].sum(1, keepdim=True), value=-1)
+
+class _Sums(torch.autograd.Function):
+    "`_sums` of a batch, of whose tensors only the logits have a gradient."
+
+    @staticmethod
+    def forward(ctx, kind, targets, own, trust, log_p, *logits):
+        given = targets, *own, *trust, *log_p
+        ctx.kind = kind
+        ctx.save_for_backward(*given)
+        return tuple(map(sum, zip(*(_sums(kind, *image) for image in image_by_image(*given)))))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        given = ctx.saved_tensors
+        out = [torch.empty_like(log_p) for log_p in _split(given[1:], 3)[2]]
+        for image in image_by_image(*given, *out): _write_gradients(ctx.kind, grads, *image)
+        return None, None, None, None, None, *out
 
 # %% ../nbs/11_losses.ipynb #d92c61a3
 @dataclass
@@ -97,14 +171,19 @@ def cromss_loss(
     reduce=None, # function that adds a tensor up over all processes, with a gradient; None: this one is alone
 ):
     "Segmentation losses of every sensor, and their consistency, as a Loss."
-    log_p, weights = sensor_log_probabilities(logits), selection.label_weights
-    sums = {f"ce_{s}": _cross_entropy_sums(p, targets, weights[s]) for s, p in log_p.items()}
-    if "dice" in config.loss: sums |= {f"dice_{s}": _dice_sums(p, targets, weights[s]) for s, p in log_p.items()}
-    if config.consistency != "none":
-        sums |= {f"consistency_{s}": t for s, t in _consistency_sums(log_p, selection.prediction_weights, config.consistency).items()}
+    sums = _step_sums(sensor_log_probabilities(logits), targets, selection, config)
     if reduce: sums = _together(sums, reduce)
     parts = {name: _dice(s) if name.startswith("dice") else _mean(s).mean() for name, s in sums.items()}
     return Loss(sum(parts.values()), {name: part.detach() for name, part in parts.items()})
+
+def _step_sums(log_p, targets, selection, config):
+    "The sums of all terms that the configuration asks for, by name."
+    _check_kind(config.consistency, "none")
+    own, trust = [selection.label_weights[s] for s in log_p], [selection.prediction_weights[s] for s in log_p]
+    logits, constant = log_p.logits or log_p, [p.detach() for p in log_p.values()]
+    sums = _Sums.apply(config.consistency, targets, own, trust, constant, *(logits[s] for s in log_p))
+    names = [f"{term}_{s}" for term in ("ce", "dice", "consistency") for s in log_p]
+    return {name: s for name, s in zip(names, sums) if "dice" in config.loss or not name.startswith("dice")}
 
 def _together(sums, reduce):
     "All sums through `reduce`, in one call."

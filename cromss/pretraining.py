@@ -39,7 +39,7 @@ from . import __version__, plots
 from .checkpoints import Checkpoints, Interruption, WholeCheckpoints, finished_epochs, ignore_signals, newest_checkpoint, resume_command
 from .classes import IGNORE, load_scheme
 from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
-from .dataset import PatchDataset, StepSampler, collate, split_locations
+from .dataset import PatchDataset, StepSampler, collate, split_locations, to_images
 from .losses import cromss_loss
 from .models import CrossModalSegmenter
 from .parallel import Ranks, join
@@ -134,7 +134,7 @@ class PatchDataModule(L.LightningDataModule):
         c, training = self.config, part == "train"
         augment = training if augment is None else augment
         return PatchDataset(self.store, getattr(self.split, part), c.sensors, self.bands, c.crop, c.seed, augment, c.rotation,
-                            c.smoothing if augment else None, getattr(self.split, f"{part}_region"))
+                            c.smoothing if augment else None, getattr(self.split, f"{part}_region"), lean=augment)
 
     def sampler(self):
         "The StepSampler of this process; outside a trainer it starts at step 0."
@@ -144,8 +144,8 @@ class PatchDataModule(L.LightningDataModule):
         return StepSampler(len(self.train), c.batch_size, c.seed, accumulate=c.accumulate, min_steps=c.min_steps, **where)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        "Images laid out as a GPU's convolutions like them."
-        return {k: v.contiguous(memory_format=torch.channels_last) if k.startswith("image_") and v.device.type == "cuda" else v for k, v in batch.items()}
+        "Images as floats, for they travel as bytes, and on a GPU laid out as its convolutions like them."
+        return {k: v.contiguous(memory_format=torch.channels_last) if k.startswith("image_") and v.device.type == "cuda" else v for k, v in to_images(batch).items()}
 
     @property
     def total_steps(self):

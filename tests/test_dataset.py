@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from cromss.classes import IGNORE, SCHEMES
-from cromss.config import DataError, SmoothingConfig
-from cromss.dataset import Draw, PatchDataset, StepSampler, collate, crops_per_patch, cut, draw, flip_and_turn, rotate, split_locations, windows
+from cromss.config import DataError, SmoothingConfig, StoreError
+from cromss.dataset import Draw, PatchDataset, StepSampler, collate, crops_per_patch, cut, draw, flip_and_turn, rotate, split_locations, to_images, windows
 from cromss.sensors import SENSORS, encode
 from cromss.smoothing import smoothing_prior
 from cromss.store import Location, Store, write_store
@@ -171,6 +171,32 @@ def test_a_rotation_about_the_centre_has_the_stated_sense():
         assert np.array_equal(rotate(array, 90), flip_and_turn(array, turns=1)) and rotate(array, 30).dtype == array.dtype
 
 
+ARRAYS = [np.random.default_rng(0).integers(0, 255, (3, 20, 31), np.uint8), np.random.default_rng(0).random((20, 31), np.float32), np.eye(20, 31, dtype=bool)]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=["uint8", "float32", "bool"])
+def test_flips_and_turns_are_numpys(array):
+    part = array[..., 3:15, 6:30]
+    for flip in ((0, 0), (True, False), (False, True), (1, 1)):
+        for turns in range(-1, 5):
+            expected = np.rot90(np.flip(part, [axis for axis, do in zip((-2, -1), flip) if do]), turns, (-2, -1))
+            found, into = flip_and_turn(part, flip, turns), np.empty(expected.shape, array.dtype)
+            assert np.array_equal(found, expected) and found.dtype == array.dtype and found.flags.c_contiguous and not np.shares_memory(found, array)
+            assert flip_and_turn(part, flip, turns, into) is into and np.array_equal(into, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, bool])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_layers_are_rotated_as_if_alone(dtype, smooth):
+    "Four at a time or one by one: not a bit differs."
+    rng = np.random.default_rng(0)
+    for layers in (1, 2, 3, 4, 5, 7, 9, 13):
+        array = (rng.random((layers, 41, 37)) * (255 if dtype == np.uint8 else 1.9)).astype(dtype)
+        for angle in (-90, *rng.uniform(-90, 90, 6)):
+            found = rotate(array, angle, smooth)
+            assert found.dtype == dtype and np.array_equal(found, np.stack([rotate(a, angle, smooth) for a in array]))
+
+
 def test_small_patches_are_padded(store):
     data = PatchDataset(store, [1], crop=64, smoothing=SmoothingConfig())         # 64 x 37 px
     for e in range(8):
@@ -209,8 +235,64 @@ def test_the_prior_is_that_of_the_whole_patch(store, kind, location):
         assert (s["prior"].sum(0) - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("angle", [0.0, -37.5])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_prior_of_a_crop_far_from_the_border(tmp_path, angle, gaps):
+    "Only the labels around it are blurred; a free rotation comes after."
+    location = place("a", (120, 100))
+    if gaps: location.labels = [np.where(np.random.default_rng(0).random(a.shape) < 0.3, IGNORE, a).astype(np.uint8) for a in location.labels]
+    data = PatchDataset(one(tmp_path, location), crop=32, smoothing=SmoothingConfig())
+    whole = smoothing_prior(torch.from_numpy(data.store.read_labels(0))[None], torch.tensor([2]), 9)[0].numpy()
+    for row, column, flip in [(0, 0, (False, False)), (40, 30, (True, False)), (88, 68, (True, True)), (13, 55, (False, True))]:
+        s = data.sample(0, Draw(2, row, column, flip, angle=angle))
+        expected = flip_and_turn(cut(whole, row, column, 32), flip)
+        np.testing.assert_allclose(s["prior"], rotate(expected, angle, smooth=True) if angle else expected, atol=1e-6, rtol=0)
+
+
 def test_without_a_prior(store):
     for smoothing in (None, SmoothingConfig(kind="none"), SmoothingConfig(prior_weight=0)): assert "prior" not in PatchDataset(store, smoothing=smoothing, crop=32)[0, 0]
+
+
+# lean samples
+
+@pytest.mark.parametrize("bands", [None, {"s2": ["B4", "B3"]}])
+@pytest.mark.parametrize("rotation", [False, True])
+def test_a_lean_batch_holds_the_same_numbers(store, bands, rotation):
+    full, lean = (PatchDataset(store, bands=bands, crop=32, rotation=rotation, smoothing=SmoothingConfig(), lean=b) for b in (False, True))
+    items = [(e, i) for e in range(8) for i in range(len(full))]
+    a, b = (collate([data[item] for item in items]) for data in (full, lean))
+    assert b["image_s1"].dtype == b["image_s2"].dtype == torch.uint8 and all(v.is_contiguous() for v in b.values() if torch.is_tensor(v))
+    assert equal(to_images(b), {k: v for k, v in a.items() if k not in ("season_masks", "reference")}) and b["image_s2"].dtype == torch.uint8
+
+
+def test_images_of_floats_stay_as_they_are(store):
+    batch = collate([PatchDataset(store, crop=32)[0, 0]])
+    assert all(v is batch[k] for k, v in to_images(batch).items())
+    coded = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    found = to_images({"image_s1": coded.contiguous(memory_format=torch.channels_last), "other": coded})
+    assert torch.equal(found["image_s1"], coded / 255) and found["other"] is coded
+
+
+def test_lean_samples_of_a_raw_store(tmp_path):
+    location = place("a", seasons=2)
+    location.images = {s: [a.astype(np.float32) for a in images] for s, images in location.images.items()}
+    full, lean = (PatchDataset(one(tmp_path, location, coding="raw") if not b else Store.open(tmp_path / "one"), crop=32, lean=b) for b in (False, True))
+    for e in range(4): assert equal(lean[e, 0], {k: v for k, v in full[e, 0].items() if k not in ("season_masks", "reference")})
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_stand_in_has_the_shape_of_the_others(store, lean, augment, monkeypatch):
+    data = PatchDataset(store, [0, 2], crop=32, augment=augment, smoothing=SmoothingConfig(), lean=lean)
+    items = [(0, i) for i in range(len(data))] if augment else range(len(data))
+    sound = collate([data[i] for i in items])
+    def damaged(*_): raise StoreError("it is damaged")
+    for name in ("read", "read_labels") + (() if lean else ("read_reference",)):
+        with monkeypatch.context() as m:
+            m.setattr(Store, name, damaged)
+            batch = collate([data[i] for i in items])
+        assert {k: (v.shape, v.dtype) for k, v in batch.items() if torch.is_tensor(v)} == {k: (v.shape, v.dtype) for k, v in sound.items() if torch.is_tensor(v)}
+        assert all("it is damaged" in q for q in batch["quarantined"]) and not batch["valid"].any() and (batch["prior"] == 0).all() and (batch["mask"] == IGNORE).all()
 
 
 # windows of validation

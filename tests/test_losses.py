@@ -1,12 +1,13 @@
 "Losses by hand and against plain formulas with their gradients, and that what has no weight teaches nothing."
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cromss.config import ConfigError, PretrainConfig, SelectionConfig
-from cromss.losses import consistency, consistency_terms, cromss_loss, weighted_cross_entropy, weighted_dice
+from cromss.losses import _Sums, consistency, consistency_terms, cromss_loss, weighted_cross_entropy, weighted_dice
 from cromss.selection import LogProbabilities, select, sensor_log_probabilities
 from cromss.smoothing import one_hot, smooth_labels
 
@@ -76,6 +77,103 @@ def test_dice_agrees(): agrees(lambda l, t, w: weighted_dice(l["s1"], t, w["s1"]
 @pytest.mark.parametrize("sensors", [("s1", "s2"), ("s1", "s2", "dem")])
 def test_consistency_agrees(kind, sensors):
     agrees(lambda l, t, w: consistency(l, w, kind), lambda l, t, w: naive_consistency(l, w, kind), sensors)
+
+
+def plain_step(logits, targets, own, trust, config):
+    "The loss of a step by the plain formulas."
+    total = sum(naive_cross_entropy(l, targets, own[s]) for s, l in logits.items())
+    if "dice" in config.loss: total = total + sum(naive_dice(l, targets, own[s]) for s, l in logits.items())
+    return total if config.consistency == "none" else total + naive_consistency(logits, trust, config.consistency)
+
+
+@dataclass
+class Chosen:
+    "What the losses take from a Selection."
+    label_weights: dict
+    prediction_weights: dict
+
+
+def step(logits, targets, own, trust, config, reduce=None): return cromss_loss(logits, targets, Chosen(own, trust), config, reduce).total
+
+
+@pytest.mark.parametrize("segmentation", ["ce+dice", "ce"])
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize("sensors", [("s1",), ("s1", "s2"), ("s1", "s2", "dem")])
+def test_a_step_agrees(sensors, kind, segmentation):
+    "The gradient by hand, image by image, is that of the formulas."
+    config, (_, _, trust) = PretrainConfig(loss=segmentation, consistency=kind), example(sensors, seed=1)
+    def cast(l, weights): return {s: w.to(l[sensors[0]].dtype) for s, w in weights.items()}
+    agrees(lambda l, t, w: step(l, t, w, cast(l, trust), config), lambda l, t, w: plain_step(l, t, w, cast(l, trust), config), sensors)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize("sensors", [("s1",), ("s1", "s2"), ("s1", "s2", "dem")])
+def test_the_sums_gradient_is_their_slope_in_float64(sensors, kind):
+    logits, targets, own = example(sensors, torch.float64, size=2)
+    _, _, trust = example(sensors, torch.float64, size=2, seed=1)
+    for i, student in enumerate(sensors):
+        def sums(l):
+            given = [l if s == student else logits[s].detach() for s in sensors]
+            return _Sums.apply(kind, targets, list(own.values()), list(trust.values()), [x.detach().log_softmax(1) for x in given], *given)[i::len(sensors)]
+        assert torch.autograd.gradcheck(sums, [logits[student]])
+
+
+@pytest.mark.parametrize("given", ["logits", "marked", "made"])
+def test_a_step_agrees_whatever_it_is_given(given):
+    "Logits, their log-probabilities with or without them."
+    def wrap(logits):
+        log_p = sensor_log_probabilities(logits)
+        return {"logits": logits, "marked": log_p, "made": LogProbabilities(log_p)}[given]
+    agrees(lambda l, t, w: step(wrap(l), t, w, w, PretrainConfig()), lambda l, t, w: plain_step(l, t, w, w, PretrainConfig()))
+
+
+def test_a_step_is_that_of_the_global_batch():
+    "With the other half's sums added, the loss is the whole batch's, and the gradients are its own half's."
+    logits, targets, own = example()
+    _, _, trust = example(seed=1)
+    def half(i, reduce):
+        def part(given): return {s: x[i:i + 1] for s, x in given.items()}
+        return step(part(logits), targets[i:i + 1], part(own), part(trust), PretrainConfig(), reduce)
+    sums = []
+    half(1, lambda part: sums.append(part.detach()) or part)
+    whole, first = step(logits, targets, own, trust, PretrainConfig()), half(0, lambda part: part + sums[0])
+    torch.testing.assert_close(first, whole)
+    for a, b in zip(gradients(first, logits), gradients(whole, logits), strict=True):
+        torch.testing.assert_close(a[:1], b[:1])
+        assert (a[1:] == 0).all()
+
+
+def test_targets_of_every_layout_and_precision():
+    logits, targets, weights = example()
+    def found(targets):
+        loss = step(logits, targets, weights, weights, PretrainConfig())
+        return [loss.detach(), *gradients(loss, logits)]
+    for other in (targets.to(memory_format=torch.channels_last), targets.double()):
+        assert all(torch.equal(a, b) for a, b in zip(found(other), found(targets), strict=True))
+
+
+def test_a_step_keeps_no_product():
+    "For the backward pass a step keeps what it was given."
+    logits, targets, weights = example()
+    log_p, kept = sensor_log_probabilities(logits), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x): step(log_p, targets, weights, weights, PretrainConfig())
+    given = {x.data_ptr() for x in (*log_p.values(), targets, *weights.values())}
+    assert {x.data_ptr() for x in kept if x.numel() > 3 * C} == given
+
+
+def test_a_second_derivative_is_refused():
+    logits, targets, weights = example()
+    g, *_ = torch.autograd.grad(step(logits, targets, weights, weights, PretrainConfig()), list(logits.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+def test_a_step_runs_where_there_are_no_values_to_ask_for(kind):
+    "Meta tensors: an answer that depends on data, for which a GPU would have to be waited for, is an error."
+    logits, targets, weights = example()
+    logits, weights = {s: l.detach().to("meta").requires_grad_() for s, l in logits.items()}, {s: w.to("meta") for s, w in weights.items()}
+    step(logits, targets.to("meta"), weights, weights, PretrainConfig(consistency=kind)).backward()
+    assert all(l.grad.shape == l.shape for l in logits.values())
 
 
 def test_gradients_are_slopes():
@@ -233,15 +331,44 @@ def test_what_stands_at_an_invalid_pixel_does_not_matter():
     assert losses[0].total == losses[1].total and losses[0].parts == losses[1].parts
 
 
-def test_a_nan_where_there_is_no_weight_stays_out_of_the_means():
-    "Cross-entropy and consistency are means that leave a pixel without weight out, whatever its logits; Dice's sums promise so for finite logits only."
+def broken_where_nothing_counts():
+    "The example, and the same with a pixel of weight 0 that is NaN or infinite in logits and targets."
     logits, targets, weights = example()
-    broken = {s: l.detach().clone() for s, l in logits.items()}
-    for s in broken:
-        weights[s][0, 2, 3] = 0
-        broken[s][0, :, 2, 3] = math.nan
-    assert weighted_cross_entropy(broken["s1"], targets, weights["s1"]) == weighted_cross_entropy(logits["s1"], targets, weights["s1"])
-    for kind in KINDS: assert consistency(broken, weights, kind) == consistency(logits, weights, kind)
+    bad, bad_targets = {s: l.detach().clone() for s, l in logits.items()}, targets.clone()
+    for s in bad:
+        weights[s][0, 2, 3] = weights[s][1, 0, 0] = 0
+        bad[s][0, :, 2, 3], bad[s][1, 1, 0, 0] = math.nan, math.inf
+    bad_targets[0, :, 2, 3], bad_targets[1, 0, 0, 0] = math.nan, -math.inf
+    return (logits, targets), ({s: l.requires_grad_() for s, l in bad.items()}, bad_targets), weights
+
+
+def same(ours, logits, expected, expected_logits):
+    "Equal values and gradients, all of them finite."
+    assert ours == expected and ours.isfinite()
+    for a, b in zip(gradients(ours, logits), gradients(expected, expected_logits), strict=True): assert (a is b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("term", [weighted_cross_entropy, weighted_dice])
+def test_what_stands_where_there_is_no_weight_stays_out_of_a_term(term):
+    (logits, targets), (bad, bad_targets), weights = broken_where_nothing_counts()
+    same(term(bad["s1"], bad_targets, weights["s1"]), bad, term(logits["s1"], targets, weights["s1"]), logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_where_there_is_no_weight_stays_out_of_consistency(kind):
+    (logits, _), (bad, _), weights = broken_where_nothing_counts()
+    assert consistency(bad, weights, kind) == consistency(logits, weights, kind)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize("sensors", [("s1",), ("s1", "s2")])
+def test_what_stands_where_there_is_no_weight_stays_out_of_a_step(sensors, kind):
+    (logits, targets), (bad, bad_targets), weights = broken_where_nothing_counts()
+    logits, bad = ({s: l[s] for s in sensors} for l in (logits, bad))
+    ones = {s: torch.ones_like(w) for s, w in weights.items()}
+    trust = ones if kind == "none" or len(sensors) == 1 else weights              # nobody is taught, so no weight of a teacher counts
+    config = PretrainConfig(consistency=kind)
+    same(step(bad, bad_targets, weights, trust, config), bad, step(logits, targets, weights, trust, config), logits)
 
 
 def test_a_nan_that_counts_shows_in_the_loss():

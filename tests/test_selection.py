@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cromss.config import ConfigError, DataError, SelectionConfig
-from cromss.selection import (LogProbabilities, class_thresholds, entangle, keep_fraction, label_confidence, label_weights, log_probabilities,
-                              prediction_confidence, prediction_weights, ramp, select, sensor_log_probabilities)
+from cromss.selection import (LogProbabilities, class_thresholds, entangle, image_by_image, keep_fraction, label_confidence, label_weights,
+                              log_probabilities, prediction_confidence, prediction_weights, probabilities, ramp, select, sensor_log_probabilities)
 
 METHODS = ("exact", "histogram")
 KEEPS = (0, 1e-9, 0.5, 0.999, 1)
@@ -189,6 +189,12 @@ def test_confidences_by_hand():
     assert prediction_confidence(even).item() == pytest.approx(0, abs=1e-6) and prediction_confidence(even, "gini").item() == pytest.approx(1 / 7)
 
 
+def test_probabilities_by_the_power_of_two():
+    log_p = torch.cat([-torch.rand(1000, generator=torch.manual_seed(0)) * 80, torch.tensor([0., -1e4, -math.inf])]).view(1, -1, 1, 1)
+    torch.testing.assert_close(probabilities(log_p), log_p.double().exp().float(), rtol=8e-6, atol=1e-45)
+    assert probabilities(log_p)[0, -3:].flatten().tolist() == [1, 0, 0] and probabilities(torch.full((1, 1, 1, 1), math.nan)).isnan()
+
+
 def test_invalid_and_unlabelled_pixels_have_no_confidence():
     logits = torch.randn(1, 3, 1, 4)
     labels, valid = torch.tensor([[[0, UNLABELLED, 1, 2]]]), torch.tensor([[[True, True, False, True]]])
@@ -321,6 +327,25 @@ def test_log_probabilities_are_computed_once():
     assert torch.equal(log_p["s2"], log_probabilities(logits["s2"]))
     a, b = select(logits, labels, 40, SelectionConfig(), valid), select(log_p, labels, 40, SelectionConfig(), valid)
     assert all(torch.equal(a.label_weights[s], b.label_weights[s]) for s in logits)
+
+
+def test_images_come_one_by_one_on_the_cpu_and_together_elsewhere():
+    tensors = torch.rand(3, 4, 5, 5), torch.rand(3, 5, 5)
+    images = list(image_by_image(*tensors))
+    assert len(images) == 3 and all(torch.equal(torch.cat(whole), t) for whole, t in zip(zip(*images), tensors, strict=True))
+    together, = image_by_image(*(t.to("meta") for t in tensors))
+    assert [t.shape for t in together] == [t.shape for t in tensors]
+    with pytest.raises(ValueError): list(image_by_image(tensors[0], tensors[1][:1]))
+
+
+@pytest.mark.parametrize("kind", ["entropy", "gini"])
+def test_an_image_has_the_confidences_that_it_has_alone(kind):
+    logits, labels, valid = batch()
+    whole = select(logits, labels, 40, SelectionConfig(confidence=kind), valid)
+    for i in range(2):
+        alone = select({s: l[i:i + 1] for s, l in logits.items()}, labels[i:i + 1], 40, SelectionConfig(confidence=kind), valid[i:i + 1])
+        for name in ("label_confidence", "prediction_confidence", "entangled_label", "entangled_prediction", "prediction_weights"):
+            for s in logits: assert torch.equal(getattr(whole, name)[s][i:i + 1], getattr(alone, name)[s])
 
 
 # ---- no step waits for a device

@@ -5,7 +5,7 @@ import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from cromss.config import ConfigError, DataError
-from cromss.smoothing import _blur_matrix, blur, gaussian_kernel, one_hot, smooth_labels, smoothing_prior
+from cromss.smoothing import _blur_matrix, _prior_at_once, blur, gaussian_kernel, kernel_radius, one_hot, prior_maps, smooth_labels, smoothing_prior
 
 C, UNLABELLED = 5, 255
 
@@ -166,7 +166,55 @@ def test_a_location_has_one_prior_in_any_batch():
     for b in range(3): close(smoothing_prior(labels[b:b + 1], season[b:b + 1], C)[0], together[b])
 
 
+@pytest.mark.parametrize("kind", ["t", "s", "ts"])
+@pytest.mark.parametrize("height, width", [(40, 33), (6, 30), (4, 4)])
+def test_the_batch_at_once_agrees(kind, height, width):
+    "What a GPU computes: complete labels, some with holes, a season missing, the chosen one missing, and nothing labelled at all."
+    labels, season = patches(6, height=height, width=width), torch.tensor([3, 0, 1, 2, 2, 0])
+    labels[1] = holes(labels[1:2])[0]
+    labels[2, 3] = labels[3, 2] = labels[4, 2] = labels[5] = UNLABELLED
+    labels[4, 0, :3] = UNLABELLED
+    close(_prior_at_once(labels, season, C, kind, 3.0, 4.0), smoothing_prior(labels, season, C, kind))
+
+
+# ---- one patch
+
+def maps(labels, season, *how): return [None if m is None else m.copy() for m in prior_maps(labels.numpy().astype(np.uint8), season, C, *how)]
+
+
+def test_maps_are_the_prior_and_none_where_a_class_does_not_occur():
+    labels = patches(1)
+    prior = smoothing_prior(labels, torch.tensor([2]), C)[0]
+    found = maps(labels[0], 2)
+    assert len(found) == C and found[C - 1] is None and all(m.dtype == np.float32 for m in found[:-1])
+    for m, p in zip(found[:-1], prior): assert np.array_equal(m, p)
+    assert [m is None for m in maps(torch.full((3, 20, 20), UNLABELLED), 0)] == [True] * C
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_labels_around_a_window_are_enough(gaps):
+    labels, reach = patches(1, 3, 90, 70), kernel_radius()
+    if gaps: labels[0] = holes(labels)[0]
+    prior = smoothing_prior(labels, torch.tensor([1]), C)[0]
+    for row, column, size in [(0, 0, 30), (20, 5, 30), (60, 40, 30), (31, 17, 16)]:
+        top, left = max(row - reach, 0), max(column - reach, 0)
+        part = labels[:, :, top:row + size + reach, left:column + size + reach]
+        found = smoothing_prior(part, torch.tensor([1]), C)[0, :, row - top:, column - left:]
+        close(found[:, :size, :size], prior[:, row:row + size, column:column + size])
+
+
+def test_more_seasons_than_a_byte_counts():
+    labels = patches(1, 140, 20, 20)
+    close(smoothing_prior(labels, torch.tensor([7]), C)[0], scipy_prior(labels[0].numpy(), 7, "ts"))
+
+
+def test_a_season_that_is_not_there_is_refused():
+    with pytest.raises(IndexError): maps(patches(1)[0], 4)
+    assert np.array_equal(maps(patches(1)[0], -1)[0], maps(patches(1)[0], 3)[0])
+
+
 def test_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="kind='x'"): maps(patches(1)[0], 0, "x")
     with pytest.raises(ConfigError, match="kind='st': choose one of 'ts', 't', 's'"): smoothing_prior(patches(), torch.tensor([0, 0]), C, "st")
 
 
