@@ -50,7 +50,7 @@ test: setup  ## run the notebooks as tests, then pytest; the checkout is left as
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(PY) -m pytest tests -q -ra -p no:cacheprovider
 
-bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 8 minutes, on a machine with nothing else to do)
+bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 10 minutes, on a machine with nothing else to do)
 	$(PY) bench/bench.py $(ARGS)
 
 lab: setup  ## open JupyterLab in nbs/

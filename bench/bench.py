@@ -1,6 +1,6 @@
 """Times the published training steps, transcribed in published.py, and the package's, by turns in one process, and writes both down as tables.
 
-    python bench/bench.py                      everything, about 8 minutes on two cores; writes bench/results.md and bench/results.json
+    python bench/bench.py                      everything, about 10 minutes on two cores; writes bench/results.md and bench/results.json
     python bench/bench.py --quick              smaller shapes and fewer rounds, under a minute, only printed
     python bench/bench.py --only input step    some rows, only printed
     python bench/bench.py --profile            also prints where the time of an input sample goes
@@ -402,12 +402,12 @@ def time_step(results, settings, encoder, size, side):
 
 def command_seconds(data, folder, name, processes, settings):
     "Seconds a step of `cromss pretrain` in some processes of one thread each: a ResNet-18 U-Net at 128 px, 8 crops a step; from timing.csv, the first epoch left out."
-    options = {"data": data, "runs": folder, "name": name, "devices": processes, "batch_size": 8 // processes, "crop": 128, "epochs": 3, "min_steps": settings.batches,
+    options = {"data": data, "runs": folder, "name": name, "devices": processes, "batch_size": 8 // processes, "crop": 128, "epochs": 3, "min_steps": settings.batches // 3,
                "validation": 0, "loggers": "[]", "precision": "32-true"}
     command = [sys.executable, "-c", "import sys; from cromss.cli import main; sys.exit(main())", "pretrain", *(f"--{k}={v}" for k, v in options.items())]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = (Path(folder) / name / "timing.csv").read_text().splitlines()
-    return statistics.mean(float(line.split(",")[1]) for line in lines[2:]) / settings.batches
+    return statistics.mean(float(line.split(",")[1]) for line in lines[2:]) / (settings.batches // 3)
 
 
 def bench_processes(results, settings, rounds=2):

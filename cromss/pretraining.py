@@ -144,8 +144,8 @@ class PatchDataModule(L.LightningDataModule):
         return StepSampler(len(self.train), c.batch_size, c.seed, accumulate=c.accumulate, min_steps=c.min_steps, **where)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        "Images as floats, for they travel as bytes, and on a GPU laid out as its convolutions like them."
-        return {k: v.contiguous(memory_format=torch.channels_last) if k.startswith("image_") and v.device.type == "cuda" else v for k, v in to_images(batch).items()}
+        "Images as floats, for they travel as bytes; on a GPU laid out first as its convolutions like them."
+        return to_images({k: v.contiguous(memory_format=torch.channels_last) if k.startswith("image_") and v.device.type == "cuda" else v for k, v in batch.items()})
 
     @property
     def total_steps(self):

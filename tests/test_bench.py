@@ -1,5 +1,6 @@
 "The benchmark compares like with like: the transcription agrees with the published outputs and with the package; the tables say what was timed."
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -128,3 +129,10 @@ def test_turns_alternate():
 def test_command_refuses_unknown_rows(capsys):
     with pytest.raises(SystemExit): bench.main(["--only", "everything"])
     assert "input" in capsys.readouterr().err
+
+
+def test_the_readme_quotes_the_measured_table():
+    "Every ratio of README's section on speed is one that `make bench` has written."
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Speed")[1].split("\n## ")[0]
+    quoted, measured = re.findall(r"\*\*([\d.]+)\*\*", section), (ROOT / "bench" / "results.md").read_text(encoding="utf-8")
+    assert len(quoted) >= 5 and all(f"**{ratio}**" in measured for ratio in quoted)
