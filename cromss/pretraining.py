@@ -735,7 +735,7 @@ def _quiet():
     for logger in loggers: logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec", "across ranks is zero", "dataloader is not resumable", "lr_scheduler.step"):
+            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec", "across ranks is zero", "dataloader is not resumable", "It is recommended to use .self.log", "lr_scheduler.step"):
                 warnings.filterwarnings("ignore", message=f".*{text}.*")
             yield
     finally:
