@@ -238,5 +238,5 @@ def test_sigterm_stops_all_and_says_it_can_go_on(place):
 
 
 def test_a_mistake_is_said_once(place):
-    code, _, err = cromss(place, config_of(place, "wrong", crop=34))
-    assert code == 2 and err.count("crop=34") == 1 and not (place / "runs" / "wrong").exists()
+    code, _, err = cromss(place, config_of(place, "wrong", sensors=("s1", "lidar")))
+    assert code == 2 and err.count("cromss: sensors=") == 1 and not (place / "runs" / "wrong").exists()
