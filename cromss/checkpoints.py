@@ -6,10 +6,8 @@
 __all__ = ['SIGNALS', 'WholeCheckpoints', 'newest_checkpoint', 'finished_epochs', 'Checkpoints', 'between_steps', 'Interrupted',
            'resume_command', 'Interruption', 'ignore_signals']
 
-# %% ../nbs/15b_checkpoints.ipynb #5f1dcbee
-import contextlib
+# %% ../nbs/15b_checkpoints.ipynb #ffcf258f
 import hashlib
-import os
 import re
 import signal
 import sys
@@ -21,9 +19,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .config import ConfigError, CromssError, WeightsError
+from .config import CromssError, WeightsError
 from .parallel import Ranks
-from .runs import write_whole
+from .runs import whole_file, write_whole
 
 # %% ../nbs/15b_checkpoints.ipynb #0fdbb635
 class WholeCheckpoints(TorchCheckpointIO):
@@ -31,27 +29,21 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path, "the checkpoint ") as beside:
             path.parent.mkdir(parents=True, exist_ok=True)
             _save(checkpoint, beside)
             write_whole(path.with_suffix(".sha256"), _sha256(beside))
-            os.replace(beside, path)
-        except OSError as e: raise ConfigError(f"{path}: the checkpoint cannot be written ({e.strerror}); free space or choose another `runs` folder") from e
-        finally: beside.unlink(missing_ok=True)
 
     def remove_checkpoint(self, path):
         Path(path).unlink(missing_ok=True)
         Path(path).with_suffix(".sha256").unlink(missing_ok=True)
 
 def _save(checkpoint, path):
-    "Write and flush a file. Raises OSError, also where torch hides it in an error of its own."
+    "Write a file. Raises OSError, also where torch hides it in an error of its own."
     with open(path, "wb") as file:
         try: torch.save(checkpoint, file)
         except RuntimeError as e:
             raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
-        file.flush()
-        os.fsync(file.fileno())
 
 def _sha256(path):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()

@@ -46,7 +46,7 @@ from .parallel import Ranks, join
 from .prepare import prepare
 from .runs import Run, write_whole
 from .scenes import SCENE_PRESETS, ScenesSource
-from .selection import entangle, keep_fraction, label_confidence, select, sensor_log_probabilities
+from .selection import keep_fraction, select, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
 from .sources import open_source, recognise
@@ -221,8 +221,9 @@ class Scores(nn.Module):
 
     def update(
         self,
-        log_p,   # LogProbabilities
-        batch,   # a batch; `reference` is optional
+        log_p,       # LogProbabilities
+        batch,       # a batch; `reference` is optional
+        selection,   # a Selection of it: its label confidences count, own and entangled
     ):
         "Add a batch."
         valid, mask, reference = batch["valid"], batch["mask"], batch.get("reference")
@@ -232,8 +233,8 @@ class Scores(nn.Module):
             self.label[name].update(prediction, mask.masked_fill(~valid, IGNORE))
             if reference is not None: self.reference[name].update(prediction, reference.masked_fill(~valid, IGNORE))
         if reference is None: return
-        known, own = valid & (mask != IGNORE) & (reference != IGNORE), {s: label_confidence(p, mask, valid) for s, p in log_p.items()}
-        for curves, confidences in ((self.own, own), (self.entangled, entangle(own))):
+        known = valid & (mask != IGNORE) & (reference != IGNORE)
+        for curves, confidences in ((self.own, selection.label_confidence), (self.entangled, selection.entangled_label)):
             for s, confidence in confidences.items(): curves[s].update(confidence, mask != reference, known)
 
     def gather(
@@ -378,7 +379,7 @@ class CromssTask(L.LightningModule):
         log_p = sensor_log_probabilities(self(images_of(batch, self.config.sensors)))
         selection = select(log_p, batch["mask"], self.current_epoch, self.config.selection, batch["valid"], self.ranks.sum)
         loss = cromss_loss(log_p, self.targets(batch), selection, self.config, self.ranks.sum)
-        if not torch.isfinite(loss.total): return self._skip(batch)       # the one wait for a GPU; the loss is of all processes, so all skip or none
+        if not torch.isfinite(loss.total): return self._skip(batch, loss)       # the one wait for a GPU; the loss is of all processes, so all skip or none
         self.skipped = 0
         self._add_up(loss, (batch["mask"] != IGNORE) & batch["valid"])
         return loss.total
@@ -395,9 +396,10 @@ class CromssTask(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         log_p = sensor_log_probabilities(self(images_of(batch, self.config.sensors)))
-        loss = cromss_loss(log_p, one_hot(batch["mask"], self.hparams.num_classes), select(log_p, batch["mask"], 0, None, batch["valid"]), self.config)
+        selection = select(log_p, batch["mask"], 0, None, batch["valid"])
+        loss = cromss_loss(log_p, one_hot(batch["mask"], self.hparams.num_classes), selection, self.config)
         self.val_sums.add({"loss": loss.total}, len(batch["mask"]))
-        self.scores.update(log_p, batch)
+        self.scores.update(log_p, batch, selection)
 
     def on_validation_epoch_end(self):
         self.val_sums.gather(self.ranks)
@@ -435,15 +437,14 @@ class CromssTask(L.LightningModule):
         if not restore: self.kept = [b.clone() for b in now]
         elif now: torch._foreach_copy_(now, self.kept)
 
-    def _skip(self, batch):
+    def _skip(self, batch, loss):
         self.skipped, self.skip_step = self.skipped + 1, True
         keys = ", ".join(batch["key"])
         warnings.warn(f"step {self.global_step}: the loss is not finite, the step is skipped (locations {keys})")
         with open(Path(self.trainer.default_root_dir) / "skipped_steps.log", "a", encoding="utf-8") as log: log.write(f"{self.global_step} {keys}\n")
         if self.skipped >= self.MOST_SKIPPED:
             raise DataError(f"the loss was not finite in {self.skipped} steps in a row, last with locations {keys}; lower learning_rate, or use precision='32-true'")
-        self._remember(restore=True)
-        return sum(p.sum() for p in self.parameters()) * (math.inf if self._scaled else 0)    # a gradient scaler leaves out a step with infinite gradients
+        return loss.total * math.inf    # the gradients are removed, or left out by a scaler, which sees that they are not finite; the graph is that of every step, as DDP wants it
 
     # With float16 a gradient may overflow though the loss is finite: the scaler leaves out the step and halves its scale, over and over.
     SMALLEST_SCALE = 2 ** -4   # 20 halvings from where it starts
@@ -454,6 +455,9 @@ class CromssTask(L.LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self._scaled and batch_idx % 16 == 15 and (scale := self.trainer.precision_plugin.scaler.get_scale()) < self.SMALLEST_SCALE:
             raise DataError(f"the gradients overflow float16 again and again (scale {scale:g} at step {self.global_step}); use precision='bf16-mixed' or '32-true', or lower learning_rate")
+
+    def on_after_backward(self):
+        if self.skipped: self._remember(restore=True)       # not before: the gradient is formed from them
 
     def on_before_optimizer_step(self, optimizer):
         if self.skip_step and not self._scaled:
@@ -764,7 +768,7 @@ def evaluate(
     for batch in loader:
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
         log_p = sensor_log_probabilities(task(images_of(batch, c.sensors)))
-        scores.update(log_p, batch)
+        scores.update(log_p, batch, select(log_p, batch["mask"], 0, None, batch["valid"]))
     return scores
 
 def summarise(

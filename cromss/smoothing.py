@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['one_hot', 'kernel_radius', 'gaussian_kernel', 'blur', 'prior_maps', 'smoothing_prior', 'smooth_labels']
 
-# %% ../nbs/10_smoothing.ipynb #71858ead
+# %% ../nbs/10_smoothing.ipynb #3bdab188
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .classes import IGNORE
 from .config import ConfigError, DataError

@@ -1,4 +1,5 @@
 "Shared fixtures: where the real sample tiles and the reference vectors lie, and a thread limit for small machines."
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -38,3 +39,11 @@ def golden():
 def _threads():
     "Two threads for torch, if a collected test file has imported it: small tensors gain nothing from more."
     if torch := sys.modules.get("torch"): torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    "Starts processes that have everything imported, from a server that never computed anything."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cromss.pretraining", "cromss.cli"])
+    return context

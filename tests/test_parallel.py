@@ -1,6 +1,5 @@
 "Two processes that train together are one: thresholds, losses, gradients and steps of the global batch, runs that others go on with."
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_pretraining import last, learned, same, tiny
 
 from cromss import parallel
@@ -36,22 +34,15 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cromss.pretraining", "cromss.cli", "test_parallel"])
-    return context
-
-
 @pytest.fixture
-def together(context, tmp_path):
+def together(processes, tmp_path):
     "Runs a function of (ranks, folder) in two processes that are joined as torchrun would; what they saved, by rank."
     def run(target, *arguments):
         port = free_port()
-        processes = [context.Process(target=member, args=(rank, port, target, tmp_path, arguments)) for rank in range(WORLD)]
-        for p in processes: p.start()
-        for p in processes: p.join(200)
-        assert [p.exitcode for p in processes] == [0] * WORLD
+        members = [processes.Process(target=member, args=(rank, port, target, tmp_path, arguments)) for rank in range(WORLD)]
+        for p in members: p.start()
+        for p in members: p.join(200)
+        assert [p.exitcode for p in members] == [0] * WORLD
         return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return run
 
@@ -150,11 +141,7 @@ def optimizer_step(ranks, folder, rows=None):
     task = CromssTask(to_dict(config), {"s1": 2, "s2": 3}, C).eval()
     rows = rows or slice(2 * ranks.rank, 2 * ranks.rank + 2)
     batch = {k: v[rows] for k, v in images().items()}
-    def forward(images): return task.model(images)
-    model = task.model
-    if ranks.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(task.model, static_graph=True)
-        forward = model
+    forward = torch.nn.parallel.DistributedDataParallel(task.model, static_graph=True) if ranks.world > 1 else task.model
     optimizer = torch.optim.Adam(task.parameters(), lr=1e-3, fused=True)
     log_p = sensor_log_probabilities(forward({s: batch[f"image_{s}"] for s in ("s1", "s2")}))
     selection = select(log_p, batch["mask"], 1, config.selection, batch["valid"], ranks.sum)
@@ -210,6 +197,26 @@ def test_two_processes_train_and_one_goes_on(place):
         more = pretrain(configure({"resume": str(run.folder), "epochs": 4, "devices": 1}))
     assert more.metrics()["epoch"].tolist() == [0, 1, 2, 3] and more.timing()["processes"].tolist() == [2, 2, 2, 1] and more.config.batch_size == 4
     with pytest.raises(ConfigError, match="devices=2: several processes are started by"): pretrain(configure({"resume": str(run.folder), "epochs": 5, "devices": 2}))
+
+
+def poisoned(ranks, folder, data):
+    "A run in which one process meets NaN in its second step; its weights by step, and what it noted."
+    from cromss import pretraining
+    from cromss.models import CrossModalSegmenter
+    real, weights = CrossModalSegmenter.forward, []
+    def forward(model, images):
+        if not model.training or not torch.is_grad_enabled(): return real(model, images)
+        weights.append({k: v.detach().clone() for k, v in model.named_parameters()})
+        return {s: x * (float("nan") if ranks.rank == 1 and len(weights) == 2 else 1) for s, x in real(model, images).items()}
+    CrossModalSegmenter.forward, pretraining._finish = forward, lambda *_: None
+    run = pretrain(tiny(folder, data=data, name="poisoned", epochs=1, min_steps=4, batch_size=2, encoder="resnet18"))
+    return weights, (run.folder / "skipped_steps.log").read_text()
+
+
+def test_all_processes_skip_a_step_that_is_not_finite_in_one(together, place):
+    for weights, log in together(poisoned, str(place / "scenes")):
+        assert same(weights[1], weights[2]) and not same(weights[0], weights[1]) and not same(weights[2], weights[3])
+        assert {line.split()[0] for line in log.splitlines()} == {"1"}
 
 
 @pytest.mark.filterwarnings("ignore:norm='per-sensor' splits nothing")

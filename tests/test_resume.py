@@ -24,14 +24,6 @@ STEPS, EPOCHS = 12, 5                                     # 60 steps: 50 follow 
 
 
 @pytest.fixture(scope="module")
-def processes():
-    "Starts processes that have everything imported, from a server that never computed anything."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cromss.pretraining", "cromss.cli", "test_resume"])
-    return context
-
-
-@pytest.fixture(scope="module")
 def place():
     with tempfile.TemporaryDirectory() as name:
         prepare(ScenesSource(count=8, size=32), f"{name}/scenes", progress=False)
