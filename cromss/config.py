@@ -83,14 +83,14 @@ class SelectionConfig:
 @dataclass(frozen=True)
 class SmoothingConfig:
     "Spatio-temporal label smoothing: target = (1 - a - b) one-hot + a prior + b / C."
-    kind: str = "ts"              # prior from "t" all seasons, "s" the season itself, "ts" the mean of both, "none" no prior
+    kind: str = "ts"              # prior from "t" all seasons, "s" the season itself, "ts" the mean of both, "p" the class probabilities of the store, "none" no prior
     prior_weight: float = 0.15    # a, weight of the prior, 0..1
     uniform_weight: float = 0.05  # b, weight of the uniform distribution, 0..1
     sigma: float = 3.0            # standard deviation of the Gaussian, in pixels
     truncate: float = 4.0         # the Gaussian ends at this many standard deviations
 
     def __post_init__(self):
-        _choice("smoothing.kind", self.kind, ("ts", "t", "s", "none"))
+        _choice("smoothing.kind", self.kind, ("ts", "t", "s", "p", "none"))
         _within("smoothing.prior_weight", self.prior_weight, 0, 1)
         _within("smoothing.uniform_weight", self.uniform_weight, 0, 1)
         _within("smoothing.prior_weight + smoothing.uniform_weight", self.prior_weight + self.uniform_weight, 0, 1)
@@ -124,6 +124,7 @@ class PretrainConfig:
     rotation: bool = False                    # also rotate by a free angle, +-90 degrees, with probability 0.2, as published
     seasons_required: int = 1                 # locations with fewer labelled seasons are left out
     validation: float = 0.1                   # fraction of the locations held out
+    validation_block_km: float = 0.0          # side of the blocks of the Earth that are held out whole, km; 0: locations are held out one by one
     loss: str = "ce+dice"                     # segmentation loss: "ce+dice" or "ce"
     consistency: str = "ce"                   # how sensors teach each other: "ce", "kl", "mse" or "none"
     selection: SelectionConfig | None = field(default_factory=lambda: SelectionConfig(ramp_epochs=7))  # None: no selection
@@ -159,6 +160,7 @@ class PretrainConfig:
         _within("learning_rate", self.learning_rate, 0, 10)
         _within("weight_decay", self.weight_decay, 0, 1)
         _within("validation", self.validation, 0, 0.9)
+        _within("validation_block_km", self.validation_block_km, 0, 5000)
         for name in self.loggers: _choice("loggers", name, ("tensorboard", "wandb", "mlflow"))
         for name in ("rotation", "compile", "deterministic"): _flag(name, getattr(self, name))
         if self.checkpoint_steps is not None: _whole("checkpoint_steps", self.checkpoint_steps, 1)

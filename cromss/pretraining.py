@@ -39,7 +39,7 @@ from . import __version__, plots
 from .checkpoints import Checkpoints, Interruption, WholeCheckpoints, finished_epochs, ignore_signals, newest_checkpoint, resume_command
 from .classes import IGNORE, load_scheme
 from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
-from .dataset import PatchDataset, StepSampler, collate, split_locations, to_images
+from .dataset import PatchDataset, StepSampler, collate, later_prior, split_locations, to_images
 from .losses import cromss_loss
 from .models import CrossModalSegmenter
 from .parallel import Ranks, join
@@ -121,7 +121,7 @@ class PatchDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.config, self.store, self.bands = config, store, used_bands(config, store)
-        self.split = split_locations(store, config.validation, config.crop, config.seasons_required, config.seed, config.sensors)
+        self.split = split_locations(store, config.validation, config.crop, config.seasons_required, config.seed, config.sensors, config.validation_block_km)
         self.train = self.dataset("train")
         self.validation = self.dataset("validation") if self.split.kind != "none" else None
 
@@ -144,7 +144,8 @@ class PatchDataModule(L.LightningDataModule):
         return StepSampler(len(self.train), c.batch_size, c.seed, accumulate=c.accumulate, min_steps=c.min_steps, **where)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        "Images as floats, for they travel as bytes; on a GPU laid out first as its convolutions like them."
+        "Images as floats, for they travel as bytes, on a GPU laid out first as its convolutions like them; and priors, where they are formed here."
+        if "around" in batch: batch = later_prior(batch, self.store.scheme.num_classes, self.config.smoothing, self.config.crop)
         return to_images({k: v.contiguous(memory_format=torch.channels_last) if k.startswith("image_") and v.device.type == "cuda" else v for k, v in batch.items()})
 
     @property
@@ -152,7 +153,9 @@ class PatchDataModule(L.LightningDataModule):
         "Optimizer steps of the whole run. (Lightning's own count would start the data workers before a resumed run knows its step.)"
         return self.sampler().steps_per_epoch * self.config.epochs
 
-    def train_dataloader(self): return self._loader(self.train, batch_sampler=self.sampler())
+    def train_dataloader(self):
+        self.train.later = bool(self.trainer) and self.trainer.strategy.root_device.type != "cpu" and self.train.may_wait      # a GPU blurs a batch in no time
+        return self._loader(self.train, batch_sampler=self.sampler())
 
     def val_dataloader(self):
         return self._loader(self._share(self.validation), batch_size=self.config.batch_size) if self.validation else []

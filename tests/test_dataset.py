@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cromss.classes import IGNORE, SCHEMES
 from cromss.config import DataError, SmoothingConfig, StoreError
-from cromss.dataset import Draw, PatchDataset, StepSampler, collate, crops_per_patch, cut, draw, flip_and_turn, rotate, split_locations, to_images, windows
+from cromss.dataset import Draw, PatchDataset, StepSampler, collate, crops_per_patch, cut, draw, flip_and_turn, later_prior, rotate, split_locations, to_images, windows
 from cromss.sensors import SENSORS, encode
 from cromss.smoothing import smoothing_prior
 from cromss.store import Location, Store, write_store
@@ -448,6 +448,10 @@ class Fake(SimpleNamespace):
     def shape(self, i): return (264, 264)
     def key(self, i): return f"place-{i}"
     def transform(self, i): return UTM
+    @property
+    def shapes(self): return np.full((self.count, 2), 264, np.int32)
+    @property
+    def transforms(self): return np.tile(np.array(UTM, float), (self.count, 1))
     def labelled(self, i, sensors=None): return [0, 1, 2, 3]
     def labelled_mask(self, sensors=None): return np.ones((self.count, 4), bool)
 
@@ -461,7 +465,98 @@ def test_a_large_plan_is_quick():
     assert time.process_time() - began < 2 and [len(p) for p in parts] == [19_800, 800] and len(first) == 128
 
 
+# priors formed later, from whole batches
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("kind", ["ts", "t", "s"])
+def test_priors_formed_later_are_the_same(tmp_path, kind, rotation):
+    store = one(tmp_path, *(place(f"p{i}", (44, 40), unlabelled=(1,) if i == 2 else ()) for i in range(4)))
+    smoothing = SmoothingConfig(kind=kind)
+    now, later = (PatchDataset(store, crop=32, smoothing=smoothing, rotation=rotation, lean=True, seed=5) for _ in range(2))
+    assert later.may_wait
+    later.later = True
+    items, angles = [(e, i) for e in range(6) for i in range(4)], 0
+    expected, batch = collate([now[i] for i in items]), collate([later[i] for i in items])
+    assert "prior" not in batch and batch["around"].dtype == torch.uint8
+    places, got = batch["place"], later_prior(batch, 9, smoothing, 32)
+    assert set(got) == set(expected) and all(torch.equal(got[k], expected[k]) for k in ("mask", "image_s1", "valid", "season"))
+    for ours, theirs, chosen in zip(got["prior"], expected["prior"], places):
+        angles += bool(chosen.angle)
+        assert (ours - theirs).abs().max() < (0.02 if chosen.angle else 1e-6)          # OpenCV turns in 1/32 px
+    assert bool(angles) == rotation
+
+
+def test_priors_of_unlike_patches_cannot_wait(tmp_path):
+    store = one(tmp_path, place("a", (32, 32)), place("b", (40, 32)))
+    assert not PatchDataset(store, crop=32, smoothing=SmoothingConfig()).may_wait
+    assert not PatchDataset(one(tmp_path / "same", place("a", (32, 32))), crop=32).may_wait
+
+
 # split
+
+def spread(tmp_path, *corners):
+    "A store with a location at each (longitude, latitude)."
+    places = []
+    for n, (x, y) in enumerate(corners):
+        one_ = place(f"p{n}", (32, 32))
+        one_.crs, one_.transform = "EPSG:4326", (1e-4, 0, x, 0, -1e-4, y)
+        places.append(one_)
+    return one(tmp_path, *places)
+
+
+def test_by_blocks_of_the_earth(tmp_path):
+    store = spread(tmp_path, *((x + 1e-4 * i, y) for x, y in ((10.1, 50.1), (12.1, 50.1), (14.1, 50.1), (10.1, -33.1), (179.9, 0.6), (-179.9, 0.6)) for i in range(3)))
+    for seed in range(8):
+        split = split_locations(store, 0.3, 32, seed=seed, block_km=50)
+        groups = [{i // 3 for i in part} for part in (split.train.tolist(), split.validation.tolist())]
+        assert not groups[0] & groups[1] and len(groups[1]) == 2 and str(split) == "12 locations to train on, 6 held out, by blocks of 50 km"
+    with pytest.raises(DataError, match="in one block of 5000 km"): split_locations(spread(tmp_path / "near", (10, 50), (10.1, 50)), 0.3, 32, block_km=5000)
+    nowhere = place("n", (32, 32))
+    nowhere.crs = nowhere.transform = None
+    with pytest.raises(DataError, match="location n has no place on the Earth"): split_locations(one(tmp_path / "lost", nowhere, place("m", (32, 32))), 0.3, 32, block_km=50)
+
+
+def test_centers(tmp_path):
+    store = spread(tmp_path, (10, 50), (-60.5, -3.25))
+    assert np.allclose(store.centers(), [[10.0016, 49.9984], [-60.4984, -3.2516]])
+
+
+# probabilities as the prior
+
+def probable(tmp_path, which=(0, 1)):
+    rng = np.random.default_rng(3)
+    one_ = place("p", (40, 40), seasons=2)
+    told = rng.dirichlet(np.ones(9), (40, 40)).transpose(2, 0, 1)
+    told[:, :5] = 0
+    one_.probabilities = [np.rint(255 * told).astype(np.uint8) if s in which else None for s in range(2)]
+    return one(tmp_path, one_), told
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_probabilities_are_the_prior(tmp_path, rotation):
+    store, told = probable(tmp_path)
+    smoothing = SmoothingConfig(kind="p", prior_weight=0.95, uniform_weight=0.05)
+    data = PatchDataset(store, crop=40, augment=False, smoothing=smoothing)
+    sample = data[1]
+    prior, mask = sample["prior"].numpy(), sample["mask"].numpy()
+    assert np.allclose(prior.sum(0), 1, atol=1e-6) and np.abs(prior[:, 5:] - told[:, 5:]).max() < 0.01
+    assert np.array_equal(prior[:, :5].argmax(0), mask[:5]) and (prior[:, :5].max(0) == 1).all()       # unknown: what the label says
+    turned = PatchDataset(store, crop=16, smoothing=smoothing, rotation=rotation, lean=True)
+    for index in range(6):
+        location, chosen = turned._decide(0, index)
+        got = turned[(0, index)]["prior"]
+        known = PatchDataset(store, crop=16, rotation=rotation).sample(location, chosen)["mask"]
+        assert got.shape == (9, 16, 16) and (rotation or torch.allclose(got.sum(0), torch.ones(16, 16), atol=1e-5)) and known.shape == (16, 16)
+
+
+def test_probabilities_that_are_not_there(tmp_path):
+    store, _ = probable(tmp_path, which=(1,))
+    data = PatchDataset(store, crop=40, augment=False, smoothing=SmoothingConfig(kind="p"))
+    first = data[0]
+    assert torch.equal(first["prior"].argmax(0), first["mask"]) and store.read_probabilities(0, 0) is None and store.location(0).probabilities[0] is None
+    bare = one(tmp_path / "bare", place("p", (32, 32)))
+    with pytest.raises(DataError, match="needs class probabilities, and this store has none"): PatchDataset(bare, crop=16, smoothing=SmoothingConfig(kind="p"))
+
 
 def test_by_locations(tmp_path):
     store = one(tmp_path, *(place(f"p{i}", (32, 32)) for i in range(10)), place("none", (32, 32), unlabelled=range(4)), place("two", (32, 32), seasons=2))

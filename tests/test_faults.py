@@ -1,5 +1,4 @@
 "Faults that are really made: full and read-only disks, damaged and shrinking files, hardware that is not there. The run says so, and nothing is lost."
-import contextlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from disks import disk, remount
 from test_pretraining import last, same, tiny
 
 from cromss import pretraining as module
@@ -28,19 +28,6 @@ from cromss.scenes import ScenesSource
 from cromss.store import Store, _image_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
-
-
-@contextlib.contextmanager
-def disk(folder, size, options=""):
-    "A small file system of its own at a folder; the test is skipped, saying so, where none can be mounted."
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode: pytest.skip(f"no file system can be mounted here ({done.stderr.strip()})")
-    try: yield folder
-    finally: subprocess.run(["umount", "-l", folder], check=True)
-
-
-def remount(folder, options): subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
 @pytest.fixture

@@ -214,8 +214,8 @@ def test_patches_of_oblong_places():
 
 
 def test_many_patches_stream(tmp_path):
-    store = prepare(Memory(count=5, size=40), tmp_path / "store", patch=16, shard_size=7, progress=False)
-    assert len(store) == 45 and len(store.manifest["shards"]) == 7 and store.verify().ok
+    store = prepare(Memory(count=5, size=40), tmp_path / "store", patch=16, shard_size=2, progress=False)
+    assert len(store) == 45 and [s["count"] for s in store.manifest["shards"]] == [18, 18, 9] and store.verify().ok
 
 
 # -- numbers and progress ---------------------------------------------------------------------------------------------------------------------------

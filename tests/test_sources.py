@@ -12,7 +12,8 @@ from rasterio.transform import Affine
 from cromss.classes import SCHEMES
 from cromss.config import ConfigError, DataError
 from cromss.sensors import SENSORS
-from cromss.sources import (Grid, PlainSource, SkipLocation, SSL4EOSource, file_bands, grid_offset, misfit, open_source, pair_products, product_date,
+from cromss.trees import SSL4EOSource, pair_products, product_date
+from cromss.sources import (Grid, PlainSource, SkipLocation, file_bands, grid_offset, misfit, open_source,
                             read_raster, resample)
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")     # affine's `*`
@@ -167,7 +168,7 @@ def test_options_are_checked(plain, tmp_path):          # fault 10
 
 def test_no_data_set(tmp_path):
     refused(lambda: open_source(tmp_path), "looked for")
-    refused(lambda: open_source(tmp_path / "nothing"), "no such folder")
+    refused(lambda: open_source(tmp_path / "nothing"), "no such file or folder")
     season(tmp_path / "x")
     refused(lambda: open_source(tmp_path), "above this one")
     (tmp_path / "manifest.json").write_text("{}")
@@ -241,7 +242,7 @@ def test_other_sensors_and_classes(plain):
     source = PlainSource(plain, sensors=("s2", "dem"))
     place = source.read("a")
     assert place.images["dem"][1].shape == (2, SIZE, SIZE) and set(np.unique(place.labels[0])) == {0, 1, 255} and source.scheme.names == ("low", "high")
-    refused(lambda: PlainSource(plain, sensors=("s2", "lidar")), "lidar.tif")
+    refused(lambda: PlainSource(plain, sensors=("s2", "lidar")), "no readable lidar raster")
     write_tif(plain / "a/2021-04/lidar.tif", np.zeros((1, SIZE, SIZE), np.float32))
     refused(lambda: PlainSource(plain, sensors=("s2", "lidar")), "unknown sensor 'lidar'", "dataset.yaml")
 
@@ -261,7 +262,7 @@ def test_missing_files_drop_the_season(plain):           # faults 11, 12
     assert b.location.seasons == ("2021-04",) and b.dropped[0][:2] == ("no label", "b/2021-07")
     assert len(PlainSource(plain, sensors=("s2",)).read("a").seasons) == 2
     (plain / "a/2021-07/s1.tif").unlink()
-    assert "no s1.tif" in skipped(lambda: source.read("a"), "missing sensor")
+    assert "no s1 raster" in skipped(lambda: source.read("a"), "missing sensor")
     (plain / "empty").mkdir()
     skipped(lambda: source.read("empty"), "missing season")
     refused(lambda: source.read("elsewhere"), "no such location")

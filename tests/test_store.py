@@ -514,9 +514,11 @@ def test_a_relative_folder_survives_a_change_of_the_working_folder(tmp_path, mon
 
 def test_opening_scales(tmp_path):
     "Fifty thousand locations in the index: opened in well under a second, and no object is made for each."
-    rows = [(b"%07d" % i, 0, 264, 264, [0, 1, 2, 3], [[True, True]] * 4, [False] * 4, [1] * 4, 0, (10., 0., 5e5 + i, 0., -10., 5e6)) for i in range(50_000)]
-    store = write(tmp_path / "s", [place("a", seasons=("1", "2", "3", "4"))])
-    np.savez(store.folder / "index.npz", **store_module._columns(rows, ["1", "2", "3", "4"], 2))
+    seasons = ("1", "2", "3", "4")
+    rows = [dict(key=b"%07d" % i, shape=(264, 264), season=seasons, present=[[True, True]] * 4, reference=[False] * 4, probable=[False] * 4, labelled=[1] * 4,
+                 crs="EPSG:32631", transform=(10., 0., 5e5 + i, 0., -10., 5e6)) for i in range(50_000)]
+    store = write(tmp_path / "s", [place("a", seasons=seasons)])
+    np.savez(store.folder / "index.npz", **store_module._join([store_module._columns(rows, 2)]))
     path = store.folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["index"].update(store_module._fingerprint(store.folder / "index.npz"))
