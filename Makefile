@@ -2,6 +2,7 @@
 PYTHON     ?= python3
 UV_VERSION ?= 0.13.9
 ARGS       ?=
+CASES      ?= 2000
 ifneq ($(origin NAME),command line)   # some shells set NAME to the host's
 NAME       := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
@@ -17,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test bench lab readme notebooks docs lock clean
+.PHONY: help setup pretrain test bench fuzz index lab readme notebooks docs lock clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +53,12 @@ test: setup  ## run the notebooks as tests, then pytest; the checkout is left as
 
 bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 10 minutes, on a machine with nothing else to do)
 	$(PY) bench/bench.py $(ARGS)
+
+fuzz: setup  ## read data sets of every format with 2,000 kinds of damage each (CASES=...; about an hour)
+	OMP_NUM_THREADS=1 CROMSS_FUZZ=$(CASES) $(PY) -m pytest tests -q -k fuzz -p no:cacheprovider
+
+index: setup  ## prepare a store of 250,000 locations with tiny values, and time opening it (about 10 minutes, 4 GB)
+	$(PY) bench/index.py
 
 lab: setup  ## open JupyterLab in nbs/
 	$(PY) -m jupyterlab --notebook-dir=nbs

@@ -191,6 +191,29 @@ class Draws:
         return [self.dataset[at if self.epochs else at[1]] for at in where]
 
 
+def training_set(store, later=False, **options):
+    "The PatchDataset of a training run; `later`: as it is for a GPU, which blurs the priors itself."
+    dataset = PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True, **options)
+    dataset.later = later
+    return dataset
+
+
+FORMATS = {"SSL4EO-S12 (all forms, pretraining LMDBs): 264 px, 4 seasons": (264, 4), "DFC2020: 256 px, 1 season": (256, 1), "SSL4EO-S12@DW, @OSM: 510 px, 1 season": (510, 1),
+           "tiles of 224 px, 4 seasons, crops of 224": (224, 4)}
+
+
+def bench_formats(results, settings):
+    "Batches of our samples from stores of the published formats' sizes, with one thread: smoothed here (left), and with the priors left to a GPU."
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    for name, (size, seasons) in FORMATS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            store = prepare(Unreferenced(count=max(2, settings.locations // 2), size=size, seasons=seasons, seed=1), Path(folder) / "store", progress=False)
+            draws = {later: Draws(training_set(store, later, crop=min(256, size))) for later in (False, True)}
+            t = by_turns({later: lambda d=d: collate(d()) for later, d in draws.items()}, settings)
+            results.add(Row(f"input, both ours, one core, {name}: smoothed (left) against priors left to a GPU", t[False], t[True], "samples/s", 8))
+
+
 def bench_input(results, settings):
     "Samples, and batches of 8 of them, with one thread."
     torch.set_num_threads(1)
@@ -199,12 +222,13 @@ def bench_input(results, settings):
         store, records = make_stores(folder, settings.locations)
         theirs = published.PublishedDataset(records, len(store))
         same.check_priors(store, theirs)
-        theirs, ours = Draws(theirs, epochs=False), Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True))
-        whole = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig()))
+        theirs, ours = Draws(theirs, epochs=False), Draws(training_set(store))
+        whole, later = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig())), Draws(training_set(store, later=True))
         t = by_turns({"published": lambda: default_collate(theirs()), "ours": lambda: to_images(collate(ours())),
-                      "published samples": theirs, "our samples": whole}, settings)
+                      "later": lambda: to_images(collate(later())), "published samples": theirs, "our samples": whole}, settings)
         what = "input with smoothing, 264 px in, 256 px out, one core"
         results.add(Row(f"{what}: batches of 8 floats, as a step gets them", t["published"], t["ours"], "samples/s", 8, "10 (20 wished)"))
+        results.add(Row(f"{what}: batches of 8 for a GPU, which blurs the priors itself (not timed)", t["published"], t["later"], "samples/s", 8))
         results.add(Row(f"{what}: single samples with all fields, not batched", t["published samples"], t["our samples"], "samples/s", 8))
         results.limits += input_limits(store, statistics.median(t["ours"]) / 8, settings)
 
@@ -249,7 +273,7 @@ def profile_input(settings, samples=200, lines=20):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store, _ = make_stores(folder, settings.locations)
-        draws = Draws(PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True))
+        draws = Draws(training_set(store))
         draws(len(store))
         profile = cProfile.Profile()
         profile.runcall(draws, samples)
@@ -265,12 +289,13 @@ def bench_workers(results, settings):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store, _ = make_stores(folder, settings.locations)
-        dataset = PatchDataset(store, rotation=True, smoothing=SmoothingConfig(), lean=True)
-        loaders = {n: DataLoader(dataset, batch_sampler=StepSampler(len(dataset), 8, min_steps=settings.batches), collate_fn=collate,
-                                 num_workers=n, persistent_workers=True) for n in (1, 2)}
-        t = by_turns({n: lambda loader=loader: [None for _ in loader] for n, loader in loaders.items()}, settings)
-        results.add(Row("DataLoader, both ours: 1 worker (left) against 2", t[1], t[2], "samples/s", 8 * settings.batches, "2"))
-        for loader in loaders.values(): loader._iterator = None      # ends the workers before the store goes
+        for later, what in ((False, ""), (True, ", priors left to a GPU")):
+            dataset = training_set(store, later)
+            loaders = {n: DataLoader(dataset, batch_sampler=StepSampler(len(dataset), 8, min_steps=settings.batches), collate_fn=collate,
+                                     num_workers=n, persistent_workers=True) for n in (1, 2)}
+            t = by_turns({n: lambda loader=loader: [None for _ in loader] for n, loader in loaders.items()}, settings)
+            results.add(Row(f"DataLoader, both ours{what}: 1 worker (left) against 2", t[1], t[2], "samples/s", 8 * settings.batches, "2"))
+            for loader in loaders.values(): loader._iterator = None      # ends the workers before the store goes
 
 
 # ---- selection and losses, from logits
@@ -422,7 +447,7 @@ def bench_processes(results, settings, rounds=2):
 
 # ---- the command
 
-BENCHES = {"input": bench_input, "workers": bench_workers, "processes": bench_processes, "selection": bench_selection, "losses": bench_losses, "step": bench_step}
+BENCHES = {"input": bench_input, "formats": bench_formats, "workers": bench_workers, "processes": bench_processes, "selection": bench_selection, "losses": bench_losses, "step": bench_step}
 
 
 def arguments(argv=None):

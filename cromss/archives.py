@@ -49,14 +49,14 @@ class _Directory:
         return at if at < len(self.names) and self.names[at] == name else None
 
     def children(self, prefix):
-        "Names of the (folders, files) right below a prefix that is empty or ends in /."
+        "Names of the (folders, files) right below a prefix that is empty or ends in /, sorted."
         folders, files, at = [], [], bisect_left(self.names, prefix)
         while at < len(self.names) and self.names[at].startswith(prefix):
             name, below, _ = self.names[at][len(prefix):].partition("/")
             if below: folders.append(name)
             elif name: files.append(name)
             at = bisect_left(self.names, f"{prefix}{name}0", at) if below else at + 1      # 0 comes right after /
-        return folders, files
+        return sorted(folders), files
 
 def _plain_name(name): return re.sub(r"^(\./)+", "", name)
 
@@ -101,8 +101,10 @@ class Member:
         self.tree, self.inner = tree, inner
 
     def read(self):
-        "Its bytes. Raises BadMember."
-        return self.tree.read_bytes(self.inner)
+        "Its bytes. Raises BadMember, for an empty file too."
+        data = self.tree.read_bytes(self.inner)
+        if not data: raise BadMember(f"{self}: is empty")
+        return data
 
     def seek(self, *args):
         "Does nothing: `read` always gives the whole."
@@ -294,10 +296,12 @@ def _members(path, raw):
     elif packed: found = _tar_members(path, raw, packed(raw))
     elif head[257:262] == b"ustar" or path.name.endswith(".tar"): found = _tar_members(path, raw, raw)
     else: raise DataError(f"{path}: neither a zip nor a tar archive")
+    empty = True
     for name, size, opened in found:
-        name = _safe_name(path, name)
+        name, empty = _safe_name(path, name), empty and size is None
         if (size or 0) > LARGEST_FILE: raise DataError(f"{path}: {name!r} has {size} bytes; at most {LARGEST_FILE} are unpacked")
         if name: yield name, size, opened
+    if empty: raise DataError(f"{path}: no file in it; fetch it again")
 
 def _safe_name(path, name):
     "The name of a member as a path inside a folder. Raises DataError if it would lead out of it."

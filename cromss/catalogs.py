@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from string import Formatter
@@ -183,8 +184,8 @@ def _check_single(root, index, roles):
             if other != name: raise DataError(f"{root}: location {key}, season {season}: {other} and {name} are both {roles[name]}; keep one, or name another in roles=")
 
 # %% ../nbs/04d_catalogs.ipynb #45ed9994
-REMOTE = dict(GDAL_HTTP_MAX_RETRY="3", GDAL_HTTP_RETRY_DELAY="1", GDAL_HTTP_CONNECTTIMEOUT="10", GDAL_HTTP_LOW_SPEED_TIME="15", GDAL_HTTP_LOW_SPEED_LIMIT="1",
-              CPL_VSIL_CURL_NON_CACHED="/vsicurl/")    # the last: a file that was missing, or has changed, is asked for again
+REMOTE = dict(GDAL_HTTP_MAX_RETRY="3", GDAL_HTTP_RETRY_DELAY="1", GDAL_HTTP_CONNECTTIMEOUT="10", GDAL_HTTP_LOW_SPEED_TIME="15", GDAL_HTTP_LOW_SPEED_LIMIT="1000",
+              CPL_VSIL_CURL_NON_CACHED="/vsicurl/:/vsis3/:/vsigs/:/vsiaz/:/vsiadls/")    # the last: a file that was missing, or has changed, is asked for again
 
 def remote_options(
     alone=True,   # whether no local file is opened meanwhile, whose neighbours (.aux.xml, .msk) would have to be seen
@@ -279,20 +280,27 @@ FIRST = 5        # so many files of every role are tried when a source is opened
 
 @contextlib.contextmanager
 def _reading(files):
-    "Read files by {season: {role: path}} with GDAL's options for URLs, and show no secret in what is raised."
-    remote = [isinstance(path, Url) for roles in files for role in roles.values() for path in _paths(role)]
-    log = logging.getLogger("rasterio._env")
-    log.addFilter(_without_secrets)
-    try:
-        with rasterio.Env(**(remote_options(all(remote)) if any(remote) else {})): yield
-    except SkipLocation as e: raise SkipLocation(e.reason, shown(e.detail)) from None
-    except CromssError as e: raise type(e)(shown(e)) from None
-    finally: log.removeFilter(_without_secrets)
+    "Read files by {season: {role: path}} with GDAL's options for URLs; what is raised and logged shows no secret. Gives the function that cleans a text."
+    paths = [path for roles in files for role in roles.values() for path in _paths(role)]
+    urls = [path.text for path in paths if isinstance(path, Url)]
+    clean = partial(_cleaned, queries={query for url in urls if (query := urlsplit(url).query)})
 
-def _without_secrets(record):
-    "Let a message of GDAL pass, its URLs without secrets."
-    record.msg, record.args = shown(record.getMessage()), ()
-    return True
+    def clean_record(record):
+        record.msg, record.args = clean(record.getMessage()), ()
+        return True
+    log = logging.getLogger("rasterio._env")
+    log.addFilter(clean_record)
+    try:
+        with rasterio.Env(**(remote_options(len(urls) == len(paths)) if urls else {})): yield clean
+    except SkipLocation as e: raise SkipLocation(e.reason, clean(e.detail)) from None
+    except CromssError as e: raise type(e)(clean(e)) from None
+    finally: log.removeFilter(clean_record)
+
+def _cleaned(text, queries):
+    "A text without what is secret in URLs, and without these queries: GDAL's messages may have the last part of a URL alone."
+    text = shown(text)
+    for query in queries: text = text.replace(query, "***")
+    return text
 
 def _paths(role):
     "The files of one role: several where every band has its own."
@@ -321,13 +329,13 @@ class CatalogSource(RasterSource):
     ):
         "One location with what was left out, as a Reading. Raises SkipLocation, or DataError, also where nothing can be read any more."
         files = self.files(key).values()
-        with _reading(files):
+        with _reading(files) as clean:
             try: reading = super().examine(key)
             except SkipLocation as e:
                 if e.reason == "bad raster" and "HTTP response code: 404" not in e.detail and any(_any_remote(roles.values()) for roles in files): self._count_failure(e)
                 raise
         self._failed = 0
-        reading.dropped = [(reason, season, shown(detail)) for reason, season, detail in reading.dropped]
+        reading.dropped = [(reason, season, clean(detail)) for reason, season, detail in reading.dropped]
         return reading
 
     def _count_failure(self, error):
@@ -514,18 +522,21 @@ def stac_items(
     place,   # Path or Url of an item, an ItemCollection or a catalog, or a folder (Path) of items
 ):
     "All items, one by one: (item, what its links count from). Raises DataError for what is no STAC, or only a page of a search."
-    waiting, seen = deque([place]), {os.fspath(place)}
+    waiting = deque([place])
     if isinstance(place, Path) and place.is_dir():
         starts = [place / name for name in ("catalog.json", "collection.json") if (place / name).is_file()][:1]
         waiting = deque(starts or sorted(p for p in place.rglob("*.json") if p.is_file()))
-        seen = set(map(os.fspath, waiting))
+    seen = set(map(_identity, waiting))
     with ThreadPoolExecutor(8) as pool:
         while waiting:
             wave = [waiting.popleft() for _ in range(min(64, len(waiting)))]
             for at, values in zip(wave, pool.map(_json, wave)):
                 yield from _items(at, values)
                 for link in _links(at, values):
-                    if os.fspath(link) not in seen: seen.add(os.fspath(link)); waiting.append(link)
+                    if _identity(link) not in seen: waiting.append(link)
+                    seen.add(_identity(link))
+
+def _identity(place): return place.text if isinstance(place, Url) else os.path.realpath(place)
 
 def _items(at, values):
     "The items that a JSON object is or holds: (item, what its links count from)."

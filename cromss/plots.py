@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOISE_COLORS', 'array', 'stretch', 'true_color', 'sar_composite', 'picture', 'panels', 'show_classes', 'present',
            'legend', 'outline', 'plot_samples', 'plot_noise', 'plot_confidence', 'plot_selection', 'plot_predictions',
-           'plot_smoothing', 'plot_curves', 'class_table']
+           'plot_smoothing', 'plot_curves', 'plot_report', 'plot_places', 'class_table']
 
 # %% ../nbs/13_plots.ipynb #f2798069
 import re
@@ -376,6 +376,77 @@ def _curves(axis, x, values, limits):
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(names) > 1: axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(.5, -.22), ncols=2 if len(names) in (2, 4) else 3)
+
+# %% ../nbs/13_plots.ipynb #b3e01bb9
+def plot_report(
+    report,    # the report of `prepare`, a dict: `store.manifest["info"]["report"]`
+    scheme,    # ClassScheme of the labels
+    sensors,   # {name: Sensor}
+):
+    "A Figure of class shares, of what was left out, and of every band's values."
+    heights = [max(3, .25 * scheme.num_classes)] + [.5 + .24 * s.num_bands for s in sensors.values()]
+    figure = _figure(9.5, sum(heights) + .6)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    _class_shares(figure.add_subplot(grid[0, 0]), report, scheme)
+    _left_out(figure.add_subplot(grid[0, 1]), report)
+    for row, (name, sensor) in enumerate(sensors.items(), 1): _values_of_bands(figure.add_subplot(grid[row, :]), report["histograms"][name], sensor)
+    return figure
+
+def _class_shares(axis, report, scheme):
+    names, shares = list(scheme.names), [report["class_shares"][n] for n in scheme.names]
+    bars = axis.barh(names, shares, color=list(scheme.colors))
+    axis.bar_label(bars, [f"{s:.1%}" for s in shares], padding=3, fontsize=8)
+    axis.invert_yaxis(); axis.set_xlim(0, 1.2 * max(max(shares), .01)); axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False); axis.tick_params(labelsize=8, length=0)
+    axis.set_title(f"labelled pixels ({report['counts']['unlabelled_share']:.1%} of all are unlabelled)", fontsize=10)
+
+def _left_out(axis, report):
+    counts = {f"{what}: {reason}": len(keys) for part, what in (("dropped", "locations"), ("dropped_seasons", "seasons")) for reason, keys in report[part].items()}
+    axis.set_title(f"{report['kept']:,} locations, {report['seasons']:,} seasons kept; left out:", fontsize=10)
+    if not counts: axis.text(.5, .5, "nothing", ha="center", va="center", transform=axis.transAxes); axis.set_axis_off(); return
+    bars = axis.barh(list(counts), list(counts.values()), color="#8899AA", height=.5)
+    axis.bar_label(bars, [f"{n:,}" for n in counts.values()], padding=3, fontsize=8)
+    axis.set_ylim(max(len(counts), 4) - .5, -.5); axis.set_xlim(0, 1.2 * max(counts.values())); axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False); axis.tick_params(labelsize=8, length=0)
+
+def _values_of_bands(axis, histograms, sensor):
+    "The share of pixels in each step of the coded scale, a row a band."
+    counts = np.array([histograms[b] for b in sensor.bands], float)
+    axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), aspect="auto", cmap="cividis", extent=(0, 256, len(counts), 0), interpolation="nearest")
+    axis.axvline(128, color="white", linewidth=.8, linestyle=":")
+    axis.set_yticks(np.arange(len(counts)) + .5, sensor.bands); axis.tick_params(labelsize=8, length=0)
+    axis.set_xticks([0, 64, 128, 192, 256], ["mean − 2 std", "− 1 std", "mean", "+ 1 std", "+ 2 std"])
+    axis.set_title(f"{sensor.title or sensor.name}: share of pixels by value ({sensor.units})", fontsize=10)
+
+def plot_places(
+    store,        # an open Store
+    split=None,   # a Split: held out locations get a colour of their own
+):
+    "A Figure of where the locations lie, in degrees. Raises DataError if none has a place."
+    places = store.centers()
+    known = np.isfinite(places[:, 0])
+    if not known.any(): raise DataError(f"{store.folder}: no location has a place on the Earth, for none has a CRS")
+    figure = _figure(7.5, 4.2)
+    axis = figure.subplots()
+    held = np.zeros(len(places), bool)
+    if split is not None and split.kind == "locations": held[split.validation] = True
+    size = float(np.clip(3000 / known.sum(), 1, 40))
+    for part, color, name in ((known & ~held, "#3B6FB6", "to train on"), (known & held, "#E4572E", "held out")):
+        if part.any(): axis.scatter(*places[part].T, s=size, color=color, linewidths=0, label=f"{name}: {part.sum():,}")
+    _frame_map(axis, places[known])
+    if held.any(): axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title(f"{known.sum():,} locations" + (f"; {(~known).sum():,} without a place" if (~known).any() else ""), fontsize=10)
+    return figure
+
+def _frame_map(axis, places):
+    "Limits with some room around the places, not to be mistaken for a map of nothing; degrees of about equal length."
+    low, high = places.min(0), places.max(0)
+    room = np.maximum(.08 * (high - low), .05)
+    axis.set_xlim(low[0] - room[0], high[0] + room[0]); axis.set_ylim(low[1] - room[1], high[1] + room[1])
+    axis.set_aspect(min(1 / max(np.cos(np.radians(places[:, 1].mean())), .1), 5), adjustable="datalim")
+    axis.grid(color="#E5E5E5", linewidth=.7); axis.tick_params(labelsize=8); axis.set_axisbelow(True)
+    axis.set_xlabel("longitude, °", fontsize=9); axis.set_ylabel("latitude, °", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
 
 # %% ../nbs/13_plots.ipynb #fbf343fc
 def class_table(

@@ -156,7 +156,7 @@ def _share(part, whole): return round(float(part) / float(whole), 6) if whole el
 def report_dict(
     report,   # a Report
 ):
-    "A Report as plain dicts, lists and numbers; offsets in px (east, south), shares from 0 to 1."
+    "A Report as plain dicts, lists and numbers; offsets in px (east, south), shares from 0 to 1, histograms of coded values in 32 steps of 8."
     labelled = report.classes[:report.scheme.num_classes]
     clipped = {n: {b: _share(row[0] + row[255], row.sum()) for b, row in zip(report.sensors[n].bands, rows)} for n, rows in report.levels.items()}
     offsets = {n: np.array(o) for n, o in report.offsets.items()}
@@ -167,6 +167,7 @@ def report_dict(
                    "seasons_without_labels": int(report.empty_seasons), "masked_pixels": dict(report.masked),
                    "masked_share": {n: _share(report.masked[n], report.seen[n]) for n in report.sensors}, **report.counts},
         "class_shares": {name: _share(n, labelled.sum()) for name, n in zip(report.scheme.names, labelled)},
+        "histograms": {n: {b: row.reshape(32, 8).sum(1).tolist() for b, row in zip(report.sensors[n].bands, rows)} for n, rows in report.levels.items()},
         "quantiles": {n: level_quantiles(rows, report.sensors[n]) for n, rows in report.levels.items()}, "clipped": clipped,
         "reference": {"compared_pixels": report.compared, "agreement": _share(report.agreeing, report.compared)} if report.compared else None,
         "grid_offsets": {n: {"median": np.median(o, 0).round(3).tolist(), "largest": round(float(np.abs(o).max()), 3)} for n, o in offsets.items()},
@@ -201,7 +202,7 @@ class Progress:
         if self.bar is not None: self.bar.update(count)
         if not self.lines or (now := time.monotonic()) - self.last < self.every: return
         self.last, left = now, (now - self.start) / self.done * (self.total - self.done)
-        print(f"{self.done} of {self.total} {self.unit}s, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+        print(f"{self.done:,} of {self.total:,} {self.unit}s, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
 
 def track(
     items,             # a list

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -36,7 +37,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from . import __version__, plots
-from .checkpoints import Checkpoints, Interruption, WholeCheckpoints, finished_epochs, ignore_signals, newest_checkpoint, resume_command
+from .checkpoints import Checkpoints, Interrupted, Interruption, WholeCheckpoints, finished_epochs, ignore_signals, newest_checkpoint, resume_command
 from .classes import IGNORE, load_scheme
 from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
 from .dataset import PatchDataset, StepSampler, collate, later_prior, split_locations, to_images
@@ -49,7 +50,7 @@ from .scenes import SCENE_PRESETS, ScenesSource
 from .selection import keep_fraction, select, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
-from .sources import open_source, recognise
+from .sources import open_source
 from .store import Store
 from .weights import save_encoder
 
@@ -76,8 +77,7 @@ def data_source(
         raise ConfigError(f"data={config.data!r}: nothing at {resolve(config.data)}; give a store, a folder of rasters, or 'scenes'")
     scheme = load_scheme(config.classes) if config.classes else None
     chosen = {s: b for s, b in (config.bands or {}).items() if not isinstance(b, int)} or None       # a subset's size is of the whole sensor
-    bands = {"bands": chosen} if recognise(resolve(config.data)) == "plain" else {}
-    return open_source(resolve(config.data), sensors=config.sensors, scheme=scheme, grid=config.grid, **bands)
+    return open_source(resolve(config.data), sensors=config.sensors, scheme=scheme, grid=config.grid, bands=chosen)
 
 def _scenes(config):
     _, _, name = config.data.partition(":")
@@ -614,6 +614,7 @@ def pretrain(
     if earlier: config = _same_global_batch(earlier, config, ranks)
     data, task = _make_task(config, store)
     _check_crop(config, task.model)
+    _check_shared_memory(data, config)
     _check_same_data(earlier, store)
     start = ranks.first(lambda: _start(earlier, config)) if earlier else None
     if start == FINISHED: return earlier
@@ -644,8 +645,20 @@ def _fit(run, task, data, start):
     checkpoints = Checkpoints(run, task.config.checkpoint_steps)
     with _quiet(), Interruption(checkpoints, task.ranks) as interruption:
         trainer = make_trainer(task.config, run, task.ranks, (checkpoints, interruption))
-        trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        try: trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e): raise
+            raise Interrupted(f"a data worker ended without a word ({' '.join(str(e).split())[:120]}); is the machine short of memory? with fewer num_workers go on by: {resume_command(run)}") from e
     return trainer
+
+def _check_shared_memory(data, config, folder="/dev/shm"):
+    "Raise ConfigError if the batches that data workers hold ready do not fit into shared memory, which would end them by a bus error."
+    if not config.num_workers or not Path(folder).is_dir(): return
+    sample = sum(v.nbytes for v in data.train[(0, 0)].values() if torch.is_tensor(v))
+    need, free = sample * config.batch_size * (2 * config.num_workers + 1), shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigError(f"num_workers={config.num_workers}: the batches that they hold ready need {need / 1e6:,.0f} MB of {folder}, which has {free / 1e6:,.0f} MB free; "
+                          "give the container more (docker run --shm-size), or take fewer workers or a smaller batch_size")
 
 FINISHED = "finished"
 

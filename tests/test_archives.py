@@ -173,7 +173,7 @@ def split(path, size, digits=False):
 
 
 ARCHIVES = {"zip": lambda p: zipped(p / "x.zip"), "tar": lambda p: tarred(p / "x.tar"), "gz": lambda p: tarred(p / "x.tar.gz", mode="w:gz"), "bz2": lambda p: tarred(p / "x.tar.bz2", mode="w:bz2"),
-            "xz": lambda p: tarred(p / "x.tar.xz", mode="w:xz"), "parts": lambda p: split(tarred(p / "x.tar.gz", mode="w:gz"), 9), "digits": lambda p: split(tarred(p / "x.tar"), 5000, True),
+            "xz": lambda p: tarred(p / "x.tar.xz", mode="w:xz"), "parts": lambda p: split(tarred(p / "x.tar.gz", mode="w:gz"), 20), "digits": lambda p: split(tarred(p / "x.tar"), 5000, True),
             "zip parts": lambda p: split(zipped(p / "x.zip"), 100)}
 
 
@@ -229,21 +229,22 @@ def test_two_of_one_name(tmp_path):
 
 def test_bombs(tmp_path, monkeypatch):                    # fault 34
     zeros = bytes(2 ** 20)
+    monkeypatch.setattr(archives, "LARGEST_RATIO", 20)
     class Endless(io.RawIOBase):
         def readable(self): return True
         def readinto(self, b): b[:] = bytes(len(b)); return len(b)
-    zipped(tmp_path / "x.zip", {"zeros": zeros * 250})
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz", compresslevel=1) as f:
-        info = tarfile.TarInfo("zeros"); info.size = 260 * 2 ** 20
+    zipped(tmp_path / "x.zip", {"zeros": zeros * 25})
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz", compresslevel=9) as f:
+        info = tarfile.TarInfo("zeros"); info.size = 26 * 2 ** 20
         f.addfile(info, Endless())
-    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(zeros * 300, 1))               # no tar at all
+    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(zeros * 20, 1))               # zeros are a tar without members
     for name in ("x.zip", "x.tar.gz"):
-        refused(lambda: check_archive(tmp_path / name), name, "200 times")
-        refused(lambda: extract(tmp_path / name, tmp_path / "out"), name, "200 times")
+        refused(lambda: check_archive(tmp_path / name), name, "20 times")
+        refused(lambda: extract(tmp_path / name, tmp_path / "out"), name, "20 times")
         refused(lambda: extract(tmp_path / name, tmp_path / "out", members=["other"]), name)
-    refused(lambda: extract(tmp_path / "y.tar.gz", tmp_path / "out"), "y.tar.gz")
-    many = [(f"{i}", zeros) for i in range(260)]                                     # none alone is too much
-    refused(lambda: extract(zipped(tmp_path / "z.zip", many), tmp_path / "out"), "200 times")
+    refused(lambda: extract(tmp_path / "y.tar.gz", tmp_path / "out"), "y.tar.gz", "no file")
+    many = [(f"{i}", zeros) for i in range(26)]                                      # none alone is too much
+    refused(lambda: extract(zipped(tmp_path / "z.zip", many), tmp_path / "out"), "20 times")
     assert check_archive(zipped(tmp_path / "small.zip", {"one class": zeros * 20})) == (1, 20 * 2 ** 20)
     monkeypatch.setattr(archives, "LARGEST_FILE", 100)
     refused(lambda: extract(zipped(tmp_path / "large.zip", {"a": b"x" * 101}), tmp_path / "out"), "101 bytes")
@@ -270,7 +271,7 @@ def test_cut_archives(kind, tmp_path):
     last = sorted((tmp_path / "in").iterdir())[-1]
     whole = last.read_bytes()
     cuts = [0, 1, len(whole) // 2, len(whole) - 1] if kind != "tar" else [0, 300, 512, 1024, 5000, 10752, whole.rindex(b"3" * 10) + 100]
-    for cut in cuts:
+    for cut in {min(cut, len(whole) - 1) for cut in cuts}:
         last.write_bytes(whole[:cut])
         for call in (check_archive, lambda a: extract(a, tmp_path / "out")): refused(lambda: call(archive), archive.name)
     nothing_left(tmp_path, "in")
@@ -314,12 +315,16 @@ def test_damaged_archives(tmp_path_factory, kind, flips):     # fault 25, 34: ri
 
 
 def test_a_full_disk(tmp_path):
-    from test_faults import disk
     zipped(tmp_path / "x.zip", {f"{i}": os.urandom(2 ** 18) for i in range(16)}, zipfile.ZIP_STORED)
-    with disk(tmp_path / "small", "1m") as small:
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"no file system can be mounted here ({done.stderr.strip()})")
+    try:
         refused(lambda: extract(tmp_path / "x.zip", small / "out"), "bytes that are free")
         refused(lambda: extract(tmp_path / "x.zip", small / "out", limit_bytes=2 ** 30), "out", "cannot be written")
         nothing_left(small)
+    finally: subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_kill_and_again(tmp_path):

@@ -18,10 +18,9 @@ import fuzz
 import layouts_catalogs
 from cromss import catalogs, sources
 from cromss.catalogs import PatternSource, StacSource, TableSource, Url, locate, remote_options, shown
-from cromss.config import ConfigError, CromssError, DataError
+from cromss.config import ConfigError, DataError
 from cromss.dataset import PatchDataset
 from cromss.prepare import prepare
-from cromss.sensors import SENSORS
 from cromss.sources import SkipLocation, open_source
 from layouts_catalogs import PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
 
@@ -170,7 +169,7 @@ def test_pattern_errors(tmp_path):
     refused(lambda: PatternSource(tmp_path / "nowhere", options["pattern"]), "no such folder")
 
 
-@pytest.mark.skipif('"pattern"' not in inspect.getsource(sources.read_settings), reason="dataset.yaml does not know the field yet")
+@pytest.mark.skipif('"pattern"' not in inspect.getsource(sources.read_settings) or "catalogs" not in sources.FORMATS, reason="dataset.yaml does not know the field yet")
 def test_pattern_in_dataset_yaml(tmp_path):
     path, options = write_pattern(tmp_path)
     (path / "dataset.yaml").write_text("pattern: '{sensor}/{location}_{season}.tif'\nroles: {optical: s2, mask: label}\n")
@@ -356,6 +355,8 @@ def test_bands_by_common_name(items):
     assert same(read_items(items(one)), (0,))
     for name in ("blue", "green", "red"): one["assets"][name] = {"href": one["assets"][name]["href"], "bands": [{"eo:common_name": name}]}
     assert same(read_items(items(one)), (0,))
+    one["assets"] |= {"visual": {"href": "tci.tif", "eo:bands": [{"name": n} for n in ("red", "green", "blue")]}, "scl": {"href": "scl.tif"}, "thumbnail": {"href": "t.jpg"}}
+    assert same(read_items(items(one)), (0,))                                        # a picture of three bands does not count where they are files of their own
     one["assets"]["red-jp2"] = one["assets"]["red"]
     refused(lambda: read_items(items(one)), "red and red-jp2 are both B4", "assets=")
     assert same(read_items(items(one), assets={"s2": ["blue", "green", "red"]}), (0,))
@@ -515,6 +516,10 @@ def test_what_is_no_stac(items, tmp_path):
         refused(lambda: StacSource(tmp_path / "empty"), words)
     refused(lambda: StacSource(path, assets={"s1": 3}), "assets=", error=ConfigError)
     refused(lambda: StacSource(path, assets={"label": ["a", "b"]}), "one file", error=ConfigError)
+    (tmp_path / "empty/in").mkdir()
+    for at, href in (("catalog.json", "in/catalog.json"), ("in/catalog.json", "../catalog.json")):                 # round and round
+        (tmp_path / "empty" / at).write_text(json.dumps({"type": "Catalog", "stac_version": "1.0.0", "links": [{"rel": "child", "href": href}]}))
+    refused(lambda: StacSource(tmp_path / "empty"), "no STAC item")
     assert not StacSource.recognises(tmp_path / "nowhere") and not StacSource.recognises(tmp_path)
 
 
@@ -591,8 +596,30 @@ def test_a_stalled_server(server, tmp_path, monkeypatch):
     folder, base = server
     monkeypatch.delenv("GDAL_HTTP_TIMEOUT")
     monkeypatch.setenv("GDAL_HTTP_LOW_SPEED_TIME", "1")
-    assert catalogs.REMOTE["GDAL_HTTP_LOW_SPEED_LIMIT"] == "1"
+    assert catalogs.REMOTE["GDAL_HTTP_LOW_SPEED_LIMIT"] == "1000"
     refused(by_url(tmp_path, base, "hang", "", ""), "too slow")
+
+
+def test_what_comes_later_is_seen(server, tmp_path):
+    "GDAL does not remember that a file was missing, or what it held."
+    folder, base = server
+    make = by_url(tmp_path, base)
+    source = make()
+    (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("a%20b/label", "late"))
+    source._stamp = catalogs._stamp(tmp_path / "t.csv")
+    skipped(lambda: source.read("000"), "bad raster", "404")
+    write_tif(folder / "late.tif", *image("label"))
+    assert same(source.read("000"), (0,))
+    write_tif(folder / "late.tif", np.zeros((1, 24, 24), np.uint8), nodata=255)
+    assert not source.read("000").labels[0].any()
+
+
+def test_proxies_are_used(server, tmp_path, monkeypatch):
+    folder, base = server
+    (folder / "t.csv").write_text("location,season,s1,s2,label\na,1,x,x,x\n")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    refused(by_url(tmp_path, base), "none of the first")
+    refused(lambda: TableSource(f"{base}/t.csv"), "cannot be read")
 
 
 def test_refused_connections(tmp_path):

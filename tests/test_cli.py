@@ -165,6 +165,43 @@ def test_prepare_passes_what_was_given(capsys, monkeypatch, tmp_path):
     assert "1,234 locations, 4 seasons, s1 (2 bands)" in out and "locations left out, missing sensor: 4 (a, b, c, ...)" in out and "seasons left out, no label: 1 (e 2020)" in out
 
 
+def test_prepare_takes_options_of_any_kind(capsys, monkeypatch):
+    seen = {}
+    def prepare(source, folder, **options): seen.update(options); raise ConfigError("enough")
+    fake(monkeypatch, "cromss.prepare", prepare=prepare)
+    code, _, err = run(capsys, "prepare", "data", "out", "--options", "{split: val, labels: dw}", "--bands", "{s2: 9}", "--workers", 0, "--restart", "--scheduler", "tcp://a:1", "--shard-size", 8)
+    assert code == 2 and err == "cromss: enough\n"
+    assert seen == dict(split="val", labels="dw", bands={"s2": 9}, workers=0, restart=True, scheduler="tcp://a:1", shard_size=8)
+
+
+def test_prepare_lists_every_format(capsys):
+    from cromss.sources import known_sources
+    code, out, _ = run(capsys, "prepare", "--help")
+    assert code == 0 and all(f"\n  {kind} " in out and source.layout in out for kind, source in known_sources().items())
+
+
+def test_prepare_for_real_goes_on_and_refuses_in_one_line(capsys, tmp_path):
+    assert run(capsys, "prepare", tmp_path / "nothing", tmp_path / "store")[::2] == (2, f"cromss: {tmp_path / 'nothing'}: no such file or folder\n")
+    code, _, err = run(capsys, "prepare", tmp_path, tmp_path / "store", "--options", "{split: val}")
+    assert code == 2 and "no data set was recognised" in err and err.count("\n") == 1
+    code, out, _ = run(capsys, "prepare", "scenes", tmp_path / "store", "--options", "{count: 3, size: 32}")
+    assert code == 0 and "3 locations, 4 seasons" in out
+    assert run(capsys, "prepare", "scenes", tmp_path / "store")[0] == 2
+
+
+def test_download(capsys, monkeypatch):
+    from cromss import download as module
+    seen = {}
+    def download(what, folder, list_only=False, **options):
+        seen.update(what=what, folder=folder, list_only=list_only, **options)
+        return [module.HubFile("a/labels.zip", 2_000_000, "0" * 64, "missing"), module.HubFile("b.zip", 1_000, "0" * 64, "there")]
+    monkeypatch.setattr(module, "download", download)
+    code, out, _ = run(capsys, "download", "noldo-s12", "here", "--parts", "labels,dw", "--dry-run")
+    assert code == 0 and seen == dict(what="noldo-s12", folder="here", list_only=True, parts=("labels", "dw"))
+    assert "missing     a/labels.zip" in out and "here: 2 files" in out and "to fetch or check" in out
+    assert run(capsys, "download", "noldo-s12", "here", "--prts", "dw")[2].startswith("cromss: ") and "noldo-s12" in run(capsys, "download", "--help")[1]
+
+
 def test_verify_a_store(capsys, tmp_path):
     store = pytest.importorskip("cromss.store")
     import numpy as np

@@ -17,7 +17,7 @@ from disks import disk, remount
 from test_pretraining import last, same, tiny
 
 from cromss import pretraining as module
-from cromss.checkpoints import newest_checkpoint
+from cromss.checkpoints import Interrupted, newest_checkpoint
 from cromss.config import ConfigError, DataError, SmoothingConfig, StoreError
 from cromss.dataset import PatchDataset, StepSampler, collate
 from cromss.models import CrossModalSegmenter
@@ -244,3 +244,28 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(scenes, tmp_path, unfin
         run = pretrain(tiny(tmp_path, epochs=1, compile=True, name="compiled"), scenes)
     assert len([w for w in said if "compile=True: this machine cannot compile" in str(w.message)]) == 1
     assert same(last(run), last(pretrain(tiny(tmp_path, epochs=1, name="plain"), scenes)))
+
+
+# -- data workers -----------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, scenes, monkeypatch, unfinished):      # fault 29
+    real = PatchDataset.sample
+    def sample(self, location, chosen):
+        if torch.utils.data.get_worker_info() and any(tmp_path.rglob("epoch=0000.ckpt")): os.kill(os.getpid(), 9)
+        return real(self, location, chosen)
+    monkeypatch.setattr(PatchDataset, "sample", sample)
+    with pytest.raises(Interrupted, match=r"a data worker ended without a word .*(Killed|unexpectedly).* with fewer num_workers go on by: .*--resume") as e:
+        pretrain(tiny(tmp_path, epochs=3, num_workers=1), scenes)
+    assert e.value.exit_code == 75
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_finish", lambda *_: None)
+    assert pretrain(configure({"resume": str(next(tmp_path.rglob("checkpoints")).parent), "num_workers": 0, "epochs": 3}), scenes).metrics()["epoch"].tolist() == [0, 1, 2]
+
+
+def test_too_little_shared_memory_is_said_at_the_start(tmp_path, scenes, monkeypatch):                          # fault 29
+    with disk(tmp_path / "shm", "1m") as small:
+        real = module._check_shared_memory
+        monkeypatch.setattr(module, "_check_shared_memory", lambda data, config: real(data, config, small))
+        with pytest.raises(ConfigError, match=r"num_workers=2: the batches that they hold ready need [\d,]+ MB of .*, which has 1 MB free"):
+            pretrain(tiny(tmp_path, num_workers=2, batch_size=16), scenes)
+    assert not (tmp_path / "runs").exists()

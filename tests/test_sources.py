@@ -541,11 +541,14 @@ def test_tree_geo_moves_pixels(tree):
     with pytest.raises(ConfigError, match="geo"): SSL4EOSource(tree, grid="warp")
 
 
-def test_tree_in_eight_bits_is_refused(tree):            # the JPEG copy of the data set
+def test_tree_in_eight_bits(tree):                       # the JPEG copy of the data set: bytes of the published coding, for all sensors or none
     for path in tree.glob("s2c/*/*/*.tif"):
         with rasterio.open(path) as f: values, transform = f.read(), f.transform
         write_tif(path, (values // 16).astype(np.uint8), transform=transform)
-    refused(lambda: open_source(tree).read("0000007"), "0..255", "median", OPTICAL[0])
+    refused(lambda: open_source(tree).read("0000007"), "uint8", "values=", OPTICAL[0])
+    source = open_source(tree, sensors=("s2",))
+    with rasterio.open(tree / "s2c/0000007" / OPTICAL[0] / "B4.tif") as f: assert np.array_equal(source.read("0000007").images["s2"][0][3], f.read(1))
+    assert "eight bits" in source.describe()
 
 
 def test_tree_l2a_and_own_labels(tree, tmp_path):
