@@ -299,7 +299,7 @@ def _reading(files):
 def _cleaned(text, queries):
     "A text without what is secret in URLs, and without these queries: GDAL's messages may have the last part of a URL alone."
     text = shown(text)
-    for query in queries: text = text.replace(query, "***")
+    for query in queries: text = text.replace(f"?{query}", "?***")
     return text
 
 def _paths(role):

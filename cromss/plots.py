@@ -443,7 +443,7 @@ def _frame_map(axis, places):
     low, high = places.min(0), places.max(0)
     room = np.maximum(.08 * (high - low), .05)
     axis.set_xlim(low[0] - room[0], high[0] + room[0]); axis.set_ylim(low[1] - room[1], high[1] + room[1])
-    axis.set_aspect(min(1 / max(np.cos(np.radians(places[:, 1].mean())), .1), 5), adjustable="datalim")
+    axis.set_aspect(min(1 / max(np.cos(np.radians(places[:, 1].mean())), .1), 5), adjustable="box")
     axis.grid(color="#E5E5E5", linewidth=.7); axis.tick_params(labelsize=8); axis.set_axisbelow(True)
     axis.set_xlabel("longitude, °", fontsize=9); axis.set_ylabel("latitude, °", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)

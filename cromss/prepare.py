@@ -85,8 +85,8 @@ class Report:
 
     def drop(self, reason, key, detail, season=False):
         "Note that a location, or a season of one, was left out."
-        (self.dropped_seasons if season else self.dropped)[reason].append(key)
-        if len(self.details[reason]) < DETAILS: self.details[reason].append(detail.replace(self.root + "/", "") if self.root else detail)
+        (self.dropped_seasons if season else self.dropped)[reason].append(_printable(key))
+        if len(self.details[reason]) < DETAILS: self.details[reason].append(_printable(detail.replace(self.root + "/", "") if self.root else detail))
 
     def add(self, location, reading):
         "Count a location that is kept."
@@ -128,7 +128,9 @@ class Report:
         "The report as plain dicts, lists and numbers."
         return report_dict(self)
 
-# %% ../nbs/06_prepare.ipynb #7783ae0b
+# %% ../nbs/06_prepare.ipynb #86a9a4b5
+def _printable(text): return str(text).encode(errors="backslashreplace").decode()      # a file's name may be no UTF-8
+
 def _count_levels(report, name, location):
     "Add the coded values of one sensor's valid pixels to the report's histogram."
     masks = (location.valid or {}).get(name) or [None] * len(location.seasons)

@@ -382,7 +382,7 @@ class ZarrShards(FileSource):
     def describe(self):
         "One line: what was found."
         return (f"SSL4EO-S12 v1.1 shards ({', '.join(self.folders.values())}; {', '.join(self.splits)}), {len(self._ids)} locations in {len(self.shards)} shards; "
-                f"{sensor_text(self.sensors)}; offset {self.offset} DN; grid {self.grid!r}")
+                f"{sensor_text(self.sensors)}; offset {self.offset} DN; labels in {Path(str(self.labels)).name}; grid {self.grid!r}")
 
 # %% ../nbs/04c_shards.ipynb #5d970e7b
 def _values(source, name, sample, time, where):

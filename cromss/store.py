@@ -208,7 +208,7 @@ class ShardWriter:
         self.seen.add(location.key)
         with _writing(self.path.parent):
             # one writer, synced once at the end: a crash loses the scratch file anyway
-            if self.env is None: self.env = lmdb.open(str(self.scratch), subdir=False, lock=False, map_size=2 ** 26, writemap=False, sync=False, metasync=False, meminit=True)
+            if self.env is None: self.env = lmdb.open(os.fsencode(self.scratch), subdir=False, lock=False, map_size=2 ** 26, writemap=False, sync=False, metasync=False, meminit=True)
             _put(self.env, [(key, pack(key, tensors)) for key, tensors in _values(location)])
         self.rows.append(_row(location, self.sensors))
 
@@ -550,7 +550,7 @@ class _Environments:
     def _enter(self, path, size, store_id):
         _check_size(path, size)   # a short file would end the process by SIGBUS once it is mapped
         while len(self.open) >= self.limit: self.open.popitem(last=False)[1][0].close()
-        env = lmdb.open(path, subdir=False, lock=False, readonly=True, create=False, map_size=max(size, 4096))
+        env = lmdb.open(os.fsencode(path), subdir=False, lock=False, readonly=True, create=False, map_size=max(size, 4096))
         self.open[path] = env, store_id
         return env
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
 
 from .archives import Tree
 from .classes import DFC2020, DYNAMIC_WORLD, IGNORE, OSM, load_scheme
@@ -140,7 +142,8 @@ def _read_ids(path, size, changed):
 
 def _ids_row(where, row, first, columns):
     "Id and products of a line. Raises DataError if it has another form."
-    if len(row) <= max(first, *columns) or not re.fullmatch(r"[0-9]{1,7}", row[first]): raise DataError(f"{where}: an id and {len(columns)} names of products are expected, not {', '.join(row)[:200]}")
+    if len(row) <= max(first, *columns) or not re.fullmatch(r"[0-9]{1,7}", row[first]):
+        raise DataError(f"{where}: an id and {len(columns)} names of products are expected, not {', '.join(row)[:200]}")
     products = tuple(row[i] for i in columns if row[i])
     for product in products:
         try: product_date(product)
@@ -203,7 +206,8 @@ class SSL4EOSource(FileSource):
     def describe(self):
         "One line: what was found."
         folders = ", ".join(f.name for f in self.folders.values())
-        return f"SSL4EO-S12 v1 tree ({folders}), {len(self.keys())} locations; {sensor_text(self.sensors)}; {VALUES[self.values]}; labels in {Path(str(self.labels)).name}; grid {self.grid!r}"
+        return f"SSL4EO-S12 v1 tree ({folders}), {len(self.keys())} locations; {sensor_text(self.sensors)}; " \
+               f"{VALUES[self.values]}; labels in {Path(str(self.labels)).name}; grid {self.grid!r}"
 
 def _ssl4eo_folder(root, name, level):
     "Folder and level of a sensor in the tree. Raises DataError if there is none."
@@ -270,17 +274,28 @@ def _to_grid(source, values, grid, target, factor=1):
     "One band, (1, H, W) float32, on the 10 m grid, stacked or resampled. Raises SkipLocation if its size or place is another."
     if tuple(n * factor for n in grid.shape) != target.shape:
         raise SkipLocation("grid mismatch", f"{grid.path}: {grid.shape[0]} x {grid.shape[1]} px where {target.shape[0] // factor} x {target.shape[1] // factor} are expected")
-    if grid.located and target.located:
-        east, south = grid_offset(grid, target)
-        if max(abs(east), abs(south)) > max(target.shape) / 2:
-            raise SkipLocation("grid mismatch", f"{grid.path}: another place, {pixels_text(east, 'east', 'west')} and {pixels_text(south, 'south', 'north')} of {target.path}")
-    if source.grid == "geo": return values if grid.transform == target.transform and grid.crs == target.crs else resample(values, grid, target)
+    _check_place(grid, target)
+    if source.grid == "geo": return values if grid.transform == target.transform and grid.crs == target.crs else _move(values, grid, target)
     if factor == 1: return values
     return cv2.resize(values[0], target.shape[::-1], interpolation=cv2.INTER_LINEAR)[None]
 
+def _check_place(grid, target):
+    "Raise SkipLocation if two grids lie in places so far apart that they cannot be of one location."
+    if not (grid.located and target.located): return
+    try: east, south = grid_offset(grid, target)
+    except (RasterioError, CPLE_BaseError): east = south = float("nan")        # outside of what the projection can tell
+    if not (abs(east) <= max(target.shape) / 2 and abs(south) <= max(target.shape) / 2):
+        raise SkipLocation("grid mismatch", f"{grid.path}: another place, {pixels_text(east, 'east', 'west')} and {pixels_text(south, 'south', 'north')} of {target.path}")
+
+def _move(values, grid, target):
+    "The values resampled to another grid. Raises SkipLocation if that cannot be done."
+    try: return resample(values, grid, target)
+    except (RasterioError, CPLE_BaseError) as e: raise SkipLocation("grid mismatch", f"{grid.path}: cannot be brought to the grid of {target.path} ({' '.join(str(e).split())})") from None
+
 def _tree_labels(source, ids, grid, target):
     "Class ids of a season on its 10 m grid, uint8 (H, W), and whether they had to be brought there by the nearest pixel."
-    if source.grid == "geo" and misfit(grid, target): return resample(ids[None], grid, target)[0], True
+    _check_place(grid, target)
+    if source.grid == "geo" and misfit(grid, target): return _move(ids[None], grid, target)[0], True
     if grid.shape == target.shape: return ids, False
     return cv2.resize(ids, target.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT), True
 
@@ -360,7 +375,8 @@ class TileSource(FileSource):
     def describe(self):
         "One line: what was found."
         labels, *reference = self.codes
-        return f"{self.title}, {len(self.files)} tiles; {sensor_text(self.sensors)}; labels {labels}{f', reference {reference[0]}' if reference else ''}; classes {self.scheme.name}"
+        labels += f", reference {reference[0]}" if reference else ""
+        return f"{self.title}, {len(self.files)} tiles; {sensor_text(self.sensors)}; labels {labels}; classes {self.scheme.name}"
 
 def _tile_season(source, key, name, target, reading):
     "One season of a tile; adds offsets and counts to `reading`. Raises SkipLocation if something is missing or does not fit."
@@ -412,7 +428,9 @@ def _fit(source, role, values, grid, target, reading):
         return values
     problem = misfit(grid, target)
     if problem is None: return values
-    if source.allow_resample and placed: return resample(values, grid, target)
+    if source.allow_resample and placed:
+        _check_place(grid, target)
+        return _move(values, grid, target)
     raise SkipLocation("grid mismatch", f"{grid.path}: {problem} (compared with {target.path})")
 
 # %% ../nbs/04a_trees.ipynb #12d308c8

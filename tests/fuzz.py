@@ -23,11 +23,12 @@ def damage(folder, which):
     "Do it to a file of the folder; its path."
     kind, at, data, pick = which
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    if not files: return None
     path = files[min(int(pick * len(files)), len(files) - 1)]
     old = path.read_bytes()
     i = min(int(at * len(old)), max(len(old) - 1, 0))
     if kind == "remove": path.unlink()
-    elif kind == "swap": shutil.copyfile(files[(files.index(path) + 1) % len(files)], path)
+    elif kind == "swap": path.write_bytes(files[(files.index(path) + 1) % len(files)].read_bytes())
     else:
         new = {"flip": old[:i] + bytes([old[i] ^ (data[0] or 1)]) + old[i + 1:] if old else b"", "cut": old[:i], "insert": old[:i] + data + old[i:],
                "zero": old[:i] + bytes(len(data)) + old[i + len(data):], "empty": b"", "append": old + data, "text": data * 8}[kind]

@@ -103,6 +103,7 @@ def s2_bands(image, names=NAMES):
 
 
 def write_rico_hdl_lmdb(folder, places=2):
+    beside(folder)
     values, table = {}, ["location,season,s1,s2,label"]
     for i in range(places):
         names = f"S1A_33UUP_70_{i}", f"S2A_T33UUP_70_{i}", f"S2A_T33UUP_70_{i}_reference_map"

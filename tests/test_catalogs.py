@@ -71,7 +71,7 @@ def test_into_a_store(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_fuzz(kind, tmp_path): fuzz.fuzz(LAYOUTS[kind], tmp_path, cases=fuzz.CASES if "CROMSS_FUZZ" in os.environ else 60)
+def test_fuzz(kind, tmp_path): fuzz.fuzz(LAYOUTS[kind], tmp_path)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

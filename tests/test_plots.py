@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 
 from cromss.classes import IGNORE, SCHEMES
 from cromss.config import DataError
-from cromss.plots import (class_table, legend, outline, panels, plot_confidence, plot_curves, plot_noise, plot_predictions, plot_samples, plot_selection,
+from cromss.dataset import Split
+from cromss.plots import (class_table, legend, outline, panels, plot_confidence, plot_curves, plot_noise, plot_places, plot_predictions, plot_report, plot_samples, plot_selection,
                           plot_smoothing, present, sar_composite, stretch, true_color)
 from cromss.scenes import ScenesSource
 from cromss.sensors import SENSORS, to_unit
@@ -184,3 +185,29 @@ def test_empty_legend_and_present():
     figure, _ = panels(1, 1)
     legend(figure, SCHEME, [])
     assert figure.legends == [] and present(np.array([[3, 255]]), None, np.array([[0, 3]])) == [0, 3, 255]
+
+
+# -- what was prepared ------------------------------------------------------------------------------------------------------------------------------
+
+def prepared(**changes):
+    "A report as `prepare` writes it."
+    names = SCHEMES["dynamic-world"].names
+    return {"kept": 3, "seasons": 9, "dropped": {}, "dropped_seasons": {}, "class_shares": {n: i / 36 for i, n in enumerate(names)}, "counts": {"unlabelled_share": 0.25},
+            "histograms": {"s1": {"VV": [1] * 32, "VH": [0] * 32}}} | changes
+
+
+def test_report_is_drawn():
+    figure = plot_report(prepared(dropped={"no label": ["a", "b"]}, dropped_seasons={"bad raster": ["c/1"]}), SCHEMES["dynamic-world"], {"s1": SENSORS["s1"]})
+    texts = [t.get_text() for axis in figure.axes for t in (axis.title, *axis.texts, *axis.get_yticklabels())]
+    assert "22.2%" in texts and "locations: no label" in texts and "seasons: bad raster" in texts and "VH" in texts and any("25.0% of all are unlabelled" in t for t in texts)
+    assert any(t.get_text() == "nothing" for axis in plot_report(prepared(), SCHEMES["dynamic-world"], {"s1": SENSORS["s1"]}).axes for t in axis.texts)
+
+
+def test_places_are_drawn(tmp_path):
+    class Store:
+        folder = tmp_path
+        def centers(self): return np.array([[10.0, 50], [10.5, 50.2], [np.nan, np.nan]])
+    figure = plot_places(Store(), Split("locations", np.array([0, 2]), np.array([1])))
+    assert figure.axes[0].get_title() == "2 locations; 1 without a place" and {t.get_text() for t in figure.axes[0].get_legend().get_texts()} == {"to train on: 1", "held out: 1"}
+    Store.centers = lambda self: np.full((2, 2), np.nan)
+    with pytest.raises(DataError, match="none has a CRS"): plot_places(Store())

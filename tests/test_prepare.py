@@ -1,6 +1,7 @@
 "Preparing: any source to a store, with what was left out counted."
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -249,3 +250,29 @@ def test_progress_bar_on_a_terminal(monkeypatch):
 def test_prepare_is_silent_when_quick(plain, tmp_path, capfd):
     prepare(plain, tmp_path / "store")
     assert capfd.readouterr() == ("", "")
+
+
+# -- odd paths (fault 39) ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["with some spaces", "größe-世界", "a" * 120 + "/" + "b" * 120, "100% (#1) [x]"])
+def test_odd_paths_work(plain, tmp_path, name):
+    data = tmp_path / name / "data"
+    data.parent.mkdir(parents=True)
+    plain.rename(data)
+    store = prepare(data, tmp_path / name / "the store", progress=False)
+    assert len(store) == 2 and store.verify().ok and store.read(0, 0)["valid"].all()
+
+
+def test_names_that_are_not_utf_8(plain, tmp_path):
+    "A target folder may be called anything; a location's name must be text."
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    store = prepare(plain, os.fsdecode(odd), progress=False)
+    assert os.path.isdir(odd) and store.verify().ok
+    os.rename(os.fsencode(plain) + b"/b", os.fsencode(plain) + b"/b\xff")
+    other = prepare(plain, tmp_path / "other", progress=False)
+    assert other.keys == ["a"] and report(other)["dropped"] == {"bad raster": ["b\\udcff"]}      # left out, and named in letters that can be printed
+
+
+def test_clock_that_jumps(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: -1e9)
+    assert len(prepare(plain, tmp_path / "store", progress=False)) == 2

@@ -14,9 +14,11 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pytest
+import rasterio
 import zarr
 from layouts_shards import (CORNER, IDS, OPTICAL, RADAR, RADAR_OF, arrays, class_ids, coordinates, pixels, read_all, shard, write_label, write_ssl4eo_s12_v1_1, write_zarr)
 from numcodecs import LZ4, Blosc, GZip, Zlib, Zstd
+from rasterio.crs import CRS
 
 from cromss import shards as module
 from cromss.config import ConfigError, DataError
@@ -365,6 +367,15 @@ def test_label_of_another_place_or_size(tmp_path):
     assert set(np.unique(ZarrShards(tmp_path).read(IDS[0]).labels[0])) == {7}
     write_label(tmp_path / "dw_noisy_labels", IDS[0], OPTICAL[0], np.full((24, 24), 9, np.uint8))
     with pytest.raises(DataError, match="9"): ZarrShards(tmp_path).read(IDS[0])
+
+
+def test_label_crs(tmp_path):
+    build(tmp_path)
+    path = tmp_path / "dw_noisy_labels" / IDS[0] / OPTICAL[0] / "label.tif"
+    for crs in ('LOCAL_CS["here",UNIT["metre",1]]', 'ENGCRS["here",EDATUM["here"],CS[Cartesian,2],AXIS["easting",east],AXIS["northing",north],LENGTHUNIT["metre",1]]', "EPSG:32601"):
+        with rasterio.open(path, "r+") as file: file.crs = CRS.from_user_input(crs)
+        reading = ZarrShards(tmp_path).examine(IDS[0])
+        assert reading.dropped[0][:2] == ("grid mismatch", f"{IDS[0]}/{OPTICAL[0]}") and reading.offsets["label"] == (0, 0)
 
 
 def test_radar_grid(tmp_path):

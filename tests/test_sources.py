@@ -565,3 +565,57 @@ def test_read_raster_is_closed_and_north_up(tmp_path):
     raster = read_raster(tmp_path / "a.tif")
     assert raster.grid.transform == Affine(10, 0, 0, 0, -10, 10 * SIZE)
     skipped(lambda: read_raster(tmp_path / "none.tif"), "bad raster")
+
+
+# -- probabilities ----------------------------------------------------------------------------------------------------------------------------------
+
+DW_BANDS = ("water", "trees", "grass", "flooded_vegetation", "crops", "shrub_and_scrub", "built", "bare", "snow_and_ice")     # as Earth Engine has them
+
+
+def dirichlet(seed=0): return np.random.default_rng(seed).dirichlet(np.ones(9), (SIZE, SIZE)).transpose(2, 0, 1).astype(np.float32)
+
+
+def test_probabilities_are_read_by_name_and_coded(plain):
+    told = dirichlet()
+    told[:, :3] = np.nan
+    write_tif(plain / "a/2021-04/probabilities.tif", told[::-1], DW_BANDS[::-1])
+    write_tif(plain / "a/2021-07/probabilities.tif", dirichlet(1))                             # without names: in the scheme's order
+    place = PlainSource(plain).read("a")
+    assert np.array_equal(place.probabilities[0], np.rint(np.nan_to_num(told) * 255).astype(np.uint8)) and not place.probabilities[0][:, :3].any()
+    assert np.array_equal(place.probabilities[1], np.rint(dirichlet(1) * 255).astype(np.uint8))
+    assert PlainSource(plain).read("b").probabilities is None
+
+
+def test_what_are_no_probabilities_is_refused(plain):
+    path = plain / "a/2021-04/probabilities.tif"
+    for values, bands, words in ((dirichlet() * 100, DW_BANDS, ("are no probabilities", "sum to 1")), (dirichlet()[:8], DW_BANDS[:8], ("snow_and_ice",)),
+                                 (dirichlet() - 0.2, DW_BANDS, ("are no probabilities",)), (dirichlet()[:4], None, ("one for each class",))):
+        write_tif(path, values, bands)
+        refused(lambda: PlainSource(plain).read("a"), *words)
+    write_tif(path, dirichlet(), DW_BANDS, transform=PLACE * Affine.translation(3, 0))
+    refused(lambda: PlainSource(plain).read("a"), "3.00 px east")
+    assert PlainSource(plain, allow_resample=True).read("a").probabilities[0].shape == (9, SIZE, SIZE)
+
+
+def test_probabilities_reach_the_batch(plain, tmp_path):
+    from cromss.config import SmoothingConfig
+    from cromss.dataset import PatchDataset
+    from cromss.prepare import prepare
+    for place in ("a", "b"):
+        for season_ in ("2021-04", "2021-07"): write_tif(plain / place / season_ / "probabilities.tif", dirichlet(len(place + season_)), DW_BANDS)
+    store = prepare(plain, tmp_path / "store", progress=False)
+    sample = PatchDataset(store, crop=SIZE, augment=False, smoothing=SmoothingConfig(kind="p"))[0]
+    assert store.has_probabilities and np.abs(sample["prior"].numpy() - dirichlet(8)).max() < 0.01 and store.verify().ok
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------------------------------------
+
+def test_fuzz_plain(tmp_path):
+    import fuzz
+    from layouts_plain import write_plain
+    fuzz.fuzz(write_plain, tmp_path)
+
+
+def test_scaled_values_are_refused(plain):
+    with rasterio.open(plain / "a/2021-04/s2.tif", "r+") as file: file.scales, file.offsets = [1e-4] * 4, [-0.1] * 4
+    refused(lambda: PlainSource(plain).read("a"), "scale of 0.0001 and an offset of -0.1", "gdal_edit.py")

@@ -527,3 +527,65 @@ def test_opening_scales(tmp_path):
     start = time.perf_counter()
     big = Store.open(store.folder)
     assert len(big) == 50_000 and time.perf_counter() - start < 2 and "keys" not in vars(big) and big.key(-1) == "0049999"
+
+
+# -- a store in the making --------------------------------------------------------------------------------------------------------------------------
+
+def test_shards_in_any_order_make_the_same_store(tmp_path):
+    places = [place(f"p{i}", seasons=("1", "2")[:1 + i % 2]) for i in range(6)]
+    def built(name, order):
+        build = store_module.Build(tmp_path / name, TWO, DW)
+        with build.open({"what": "six"}):
+            for n in order: build.write(n, places[2 * n:2 * n + 2], note=lambda n=n: {"n": n})
+            assert build.finished() == [0, 1, 2] and [note["n"] for note in build.notes()] == [0, 1, 2]
+            return build.publish("here")
+    a, b = built("a", (0, 1, 2)), built("b", (2, 0, 1))
+    assert a.id == b.id and a.keys == [p.key for p in places] and a.verify().ok and b.verify().ok and not (tmp_path / "a/parts").exists()
+    assert all((a.folder / s["file"]).read_bytes() == (b.folder / s["file"]).read_bytes() for s in a.manifest["shards"])
+
+
+def test_an_empty_shard_leaves_no_file(tmp_path):
+    build = store_module.Build(tmp_path / "s", TWO, DW)
+    with build.open({}):
+        assert [build.write(0, []), build.write(1, [place("a")])] == [0, 1]
+        store = build.publish()
+    assert [s["file"] for s in store.manifest["shards"]] == ["shard-00001.lmdb"] and store.keys == ["a"] and store.verify().ok
+
+
+def test_a_key_in_two_shards_is_refused(tmp_path):
+    build = store_module.Build(tmp_path / "s", TWO, DW)
+    with build.open({}), pytest.raises(DataError, match="location a: this key was there before"):
+        for n in range(2): build.write(n, [place("a")])
+        build.publish()
+    with pytest.raises(DataError, match="this key was there before"): write(tmp_path / "t", [place("a"), place("b"), place("a")], shard_size=1)
+    assert not (tmp_path / "t.partial").exists()
+
+
+def test_what_is_not_of_a_store_is_not_removed(tmp_path):
+    (tmp_path / "s.partial").mkdir()
+    (tmp_path / "s.partial/thesis.tex").write_text("...")
+    with pytest.raises(StoreError, match="thesis.tex is not part of a store; move it away"), store_module.Build(tmp_path / "s", TWO, DW).open({}): pass
+    assert (tmp_path / "s.partial/thesis.tex").exists()
+
+
+def test_probabilities_are_kept_by_season(tmp_path):
+    told = np.random.default_rng(0).integers(0, 256, (9, *place("a").shape), np.uint8)
+    one_, bare = place("a", seasons=("1", "2")), place("b")
+    one_.probabilities = [None, told]
+    store = write(tmp_path / "s", [one_, bare])
+    assert store.has_probabilities and store.read_probabilities(0, 0) is None and np.array_equal(store.read_probabilities(0, 1), told)
+    assert np.array_equal(store.location(0).probabilities[1], told) and store.location(1).probabilities is None and store.verify().ok
+    one_.probabilities = [told[:5], None]
+    with pytest.raises(DataError, match="probabilities of season 1 has shape"): write(tmp_path / "t", [one_])
+
+
+def test_a_store_of_an_earlier_release_has_none(tmp_path):
+    store = write(tmp_path / "s", [place("a")])
+    with np.load(store.folder / "index.npz") as file: columns = {k: file[k] for k in file.files if k != "probable"}
+    np.savez(store.folder / "index.npz", **columns)
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["index"].update(store_module._fingerprint(store.folder / "index.npz"))
+    manifest["id"] = store_module._identity(manifest)
+    path.write_text(json.dumps(manifest))
+    assert not Store.open(store.folder).has_probabilities and Store.open(store.folder).verify().ok

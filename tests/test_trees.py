@@ -244,6 +244,10 @@ def test_ssl4eo_faults(tmp_path):                         # faults 14, 16, 17, 1
     assert np.array_equal(south_up.images["s2"][0][3], coded(optical(), "s2")[3])
     assert case(lambda p: write_tif(p, optical()[3:4], crs=None, transform=Affine.identity())).read("0000007").crs is not None
     label = f"dw_noisy_labels/0000007/{OPTICAL[0]}/label.tif"
+    for change in ({"transform": PLACE * Affine.translation(100, 0)}, {"crs": CRS.from_epsg(3857)}, {"crs": CRS.from_epsg(4326)}):     # another place, or none that can be told
+        for name in (label, f"s1/0000007/{RADAR[0]}/VH.tif"):
+            values = classes() if name == label else radar()[1:]
+            for grid in ("array", "geo"): assert case(lambda p: write_tif(p, values, **change), name, grid=grid).examine("0000007").dropped[0][0] == "grid mismatch"
     refused(lambda: case(lambda p: write_tif(p, classes().astype(np.float32)), label).read("0000007"), "label.tif", "float32")
     refused(lambda: case(lambda p: write_tif(p, classes(11)), label).read("0000007"), "label.tif", "9 (", "10 (")
     refused(lambda: case(lambda p: write_tif(p, classes(), nodata=0), label).read("0000007"), "water")
