@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .config import DataError
-from .store import _lock, _writing
+from .store import locked, writing
 
 # %% ../nbs/03a_archives.ipynb #b7a370a0
 class BadMember(DataError, OSError):
@@ -347,14 +347,14 @@ def extract(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise DataError(f"{folder}: is there already; remove it, or give another folder")
     archive_parts(archive)
     hidden = folder.with_name(f".{folder.name}.partial")
-    with _writing(folder): folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with writing(folder): folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
         shutil.rmtree(hidden, ignore_errors=True)
         try:
-            with _writing(folder): hidden.mkdir()
+            with writing(folder): hidden.mkdir()
             limit = shutil.disk_usage(hidden).free if limit_bytes is None else limit_bytes
             _unpack(archive, folder, hidden, members, limit, progress)
-            with _writing(folder): os.replace(hidden, folder)
+            with writing(folder): os.replace(hidden, folder)
         finally: shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
@@ -370,7 +370,7 @@ def _unpack(archive, folder, hidden, members, limit, progress):
             written += size or 0
             _check_ratio(archive, written, total)
             if written > limit: raise DataError(f"{archive}: unpacks to more than the {limit} bytes that are free or allowed; make room, or choose another folder")
-            with _writing(folder): (hidden / name if size is None else (hidden / name).parent).mkdir(parents=True, exist_ok=True)
+            with writing(folder): (hidden / name if size is None else (hidden / name).parent).mkdir(parents=True, exist_ok=True)
             if size is not None: _copy(archive, folder, opened, hidden / name, size)
             if progress: progress(min(raw.tell(), total), total)
     if wanted is not None and wanted - found: raise DataError(f"{archive}: no {', '.join(sorted(wanted - found))} in it")
@@ -389,9 +389,9 @@ def _copy(archive, folder, opened, path, size):
 @contextlib.contextmanager
 def _written(folder, path):
     "A function that writes to a new file; the disk's refusals become StoreErrors."
-    with _writing(folder): file = open(path, "xb", buffering=0)
+    with writing(folder): file = open(path, "xb", buffering=0)
     def write(data):
-        with _writing(folder):
+        with writing(folder):
             while data: data = data[file.write(data):]
     try: yield write
     finally: file.close()

@@ -29,7 +29,7 @@ from .config import ConfigError, DataError, check_names
 from .sensors import SENSORS, band_subset, check_values, decode, normalize_band
 from .sources import (FileSource, Grid, Raster, Reading, S2_LEVELS, Season, SkipLocation, check_coding, clean_values, code_image, data_folder, join_seasons,
                             read_labels, read_seasons, register, sensor_choices, sensor_text)
-from .store import _ENVIRONMENTS
+from .store import ENVIRONMENTS
 
 # %% ../nbs/04b_records.ipynb #4b395b53
 MAGIC = 0xBEEFC0DE.to_bytes(4, sys.byteorder)   # in the first page of every LMDB
@@ -65,7 +65,7 @@ class RecordFile:
         "What `use` makes of several values, a list. Raises DataError if the file has changed or cannot be read."
         if _record_file(self.path) != self: raise DataError(f"{self.path}: was written to while it was in use; wait until it is complete, and start again")
         try:
-            with _ENVIRONMENTS.reading(self.path, self.size, (self.size, self.time)) as txn: return [use(key, txn.get(key, b"")) for key in keys]
+            with ENVIRONMENTS.reading(self.path, self.size, (self.size, self.time)) as txn: return [use(key, txn.get(key, b"")) for key in keys]
         except (lmdb.Error, OSError) as e: raise DataError(f"{self.path}: cannot be read ({e}); close it where else it is open, or copy it again") from None
 
 def _record_file(path):

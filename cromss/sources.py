@@ -90,8 +90,10 @@ class Grid:
         return self.crs is not None and not self.transform.is_identity
 
 def _north_up(shape, transform, crs, path):
-    "The Grid of a raster and whether its rows must be flipped. Raises DataError if it is rotated or mirrored."
+    "The Grid of a raster and whether its rows must be flipped. Raises DataError if it is rotated or mirrored, SkipLocation if it is damaged."
     if transform.is_identity: return Grid(shape, transform, None, path), False
+    if not np.isfinite(tuple(transform)[:6]).all() or transform.determinant == 0:
+        raise SkipLocation("bad raster", f"{path}: its georeferencing is damaged (affine {tuple(transform)[:6]})")
     if abs(transform.b) + abs(transform.d) > 1e-6 * abs(transform.a):
         raise DataError(f"{path}: rotated grid (affine {tuple(transform)[:6]}); warp it to a north-up grid, for example with gdalwarp")
     if transform.a < 0: raise DataError(f"{path}: columns run westward; warp it to a north-up grid, for example with gdalwarp")

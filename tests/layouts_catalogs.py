@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+HOME = "127.0.0.1"
 FAULTS = ("busy", "down", "forbidden", "hang", "cut", "login")
 
 
@@ -48,7 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     Handler.folder = Path(sys.argv[1])
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer((HOME, 0), Handler)
     print(server.server_port, flush=True)
     server.serve_forever()
 

@@ -22,7 +22,7 @@ from cromss.config import ConfigError, DataError
 from cromss.dataset import PatchDataset
 from cromss.prepare import prepare
 from cromss.sources import SkipLocation, open_source
-from layouts_catalogs import PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
+from layouts_catalogs import HOME, PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")     # affine's `*`
 
@@ -531,7 +531,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("www")
     for role in ("s1", "s2", "label"): write_tif(folder / f"a b/{role}.tif", *image(role), driver="COG")
     process = subprocess.Popen([sys.executable, layouts_catalogs.__file__, str(folder)], stdout=subprocess.PIPE, text=True)
-    yield folder, f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    yield folder, f"http://{HOME}:{process.stdout.readline().strip()}"
     process.kill()
     process.wait()
 
@@ -617,14 +617,14 @@ def test_what_comes_later_is_seen(server, tmp_path):
 def test_proxies_are_used(server, tmp_path, monkeypatch):
     folder, base = server
     (folder / "t.csv").write_text("location,season,s1,s2,label\na,1,x,x,x\n")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", f"http://{HOME}:1")
     refused(by_url(tmp_path, base), "none of the first")
     refused(lambda: TableSource(f"{base}/t.csv"), "cannot be read")
 
 
 def test_refused_connections(tmp_path):
-    refused(by_url(tmp_path, "http://127.0.0.1:1"), "none of the first", "127.0.0.1:1")
-    for path in ("t.csv", "items.json"): refused(lambda: open_source(f"http://127.0.0.1:1/{path}?sig=SECRET"), "cannot be read", "?***")
+    refused(by_url(tmp_path, f"http://{HOME}:1"), "none of the first", f"{HOME}:1")
+    for path in ("t.csv", "items.json"): refused(lambda: open_source(f"http://{HOME}:1/{path}?sig=SECRET"), "cannot be read", "?***")
     refused(lambda: TableSource("s3://bucket/t.csv"), "http or https")
 
 

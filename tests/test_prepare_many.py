@@ -201,7 +201,8 @@ def test_scheduler_by_its_address(whole, tmp_path):
 def test_scheduler_that_is_not_there(tmp_path, monkeypatch):
     from distributed import Client
     monkeypatch.setattr("distributed.Client", lambda address, timeout: Client(address, timeout=1))
-    with pytest.raises(ConfigError, match="scheduler='tcp://127.0.0.1:9': cannot be reached"): prepare(Memory(), tmp_path / "store", progress=False, scheduler="tcp://127.0.0.1:9")
+    nowhere = "tcp://{}:9".format("127.0.0.1")
+    with pytest.raises(ConfigError, match=f"scheduler='{nowhere}': cannot be reached"): prepare(Memory(), tmp_path / "store", progress=False, scheduler=nowhere)
     assert not (tmp_path / "store.partial").exists() and not (tmp_path / "store.lock").exists()
 
 

@@ -156,7 +156,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     places = [place(f"k{n}", size=(6, 6)) for n in range(8)]
     store = write(tmp_path / "s", places, shard_size=1)
     for i in (*range(8), 0, 7, 3): assert same(store.read(i, 0)["images"]["s1"], places[i].images["s1"][0])
-    assert len(store_module._ENVIRONMENTS.open) <= 3
+    assert len(store_module.ENVIRONMENTS.open) <= 3
 
 
 def test_store_of_sample_scenes(sample, tmp_path):
@@ -309,7 +309,7 @@ def test_opening_does_not_read_the_shards(three):
     again = Store.open(store.folder)
     assert again.keys == ["a", "b", "c"] and again.labelled(2) == [0, 1]
     with open("/proc/self/maps") as maps: assert str(store.folder) not in maps.read()
-    assert before == {p: os.stat(p).st_atime_ns for p in before} and not any(str(store.folder) in p for p in store_module._ENVIRONMENTS.open)
+    assert before == {p: os.stat(p).st_atime_ns for p in before} and not any(str(store.folder) in p for p in store_module.ENVIRONMENTS.open)
     with pytest.raises(StoreError, match="a/0/s1 in .*shard-00000.lmdb: is damaged"): again.read(0, 0)
     assert not again.verify().ok
 
@@ -432,7 +432,7 @@ def test_verify_finds_lost_and_foreign_keys(three):
     shard = str(three[0].folder / "shard-00001.lmdb")
     for change, found in ((lambda txn: txn.delete(b"c/1/s2"), ["c/1/s2 in", "holds 4 values of 1 locations; 5 of 1"]), (lambda txn: txn.put(b"c/1/s2", b"boo"), ["c/1/s2 in"]),
                           (lambda txn: txn.put(b"ghost/0/s1", b"boo"), ["c/1/s2 in", "holds 6 values of 1 locations; 5 of 1"])):
-        store_module._ENVIRONMENTS.forget()                        # LMDB opens a file once in a process
+        store_module.ENVIRONMENTS.forget()                        # LMDB opens a file once in a process
         with lmdb.open(shard, subdir=False, lock=False, map_size=2 ** 26) as env, env.begin(write=True) as txn: change(txn)
         problems = seal(three[0]).verify().problems
         assert len(problems) == len(found) and all(text in p for text, p in zip(found, problems))
@@ -454,9 +454,9 @@ def test_damaged_inner_pages_never_end_the_process(three, page):
 
 def work(store, i, queue):
     "What a worker reads, whether its environments are its own, and what it had to import."
-    inherited = list(store_module._ENVIRONMENTS.open)
+    inherited = list(store_module.ENVIRONMENTS.open)
     sums = [int(store.read(i, t)["images"]["s2"].sum()) for t in (0, 1)] + [int(store.read_labels(i).sum())]
-    queue.put((i, sums, inherited, len(store_module._ENVIRONMENTS.open), "torch" in sys.modules))
+    queue.put((i, sums, inherited, len(store_module.ENVIRONMENTS.open), "torch" in sys.modules))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
