@@ -58,7 +58,6 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import Affine
 
-import cromss.catalogs      # registers its sources
 
 UTM, PLACE, SIZE = CRS.from_epsg(32631), Affine(10, 0, 500000, 0, -10, 5600000), 24
 S2_NAMES = ("B02", "B03", "B04")

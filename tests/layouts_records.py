@@ -7,7 +7,6 @@ import lmdb
 import numpy as np
 from safetensors.numpy import save
 
-from cromss import records      # registers its sources
 from cromss.sensors import SENSORS
 
 SIZE = 24

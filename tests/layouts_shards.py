@@ -7,7 +7,6 @@ import zarr
 from numcodecs import Blosc
 from rasterio.transform import Affine
 
-import cromss.shards  # noqa: F401 (registers itself)
 from cromss.sensors import SENSORS
 
 TILE = "T51UVP"

@@ -20,6 +20,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from cromss import archives
 from cromss.archives import BadMember, Tree, archive_parts, check_archive, extract
@@ -45,13 +46,6 @@ def tarred(path, files=FILES, mode="w"):
             if isinstance(data, dict): [setattr(info, k, v) for k, v in data.items()]; f.addfile(info)
             else: info.size = len(data); f.addfile(info, io.BytesIO(data))
     return path
-
-
-def refused(call, *words):
-    with pytest.raises(DataError) as e: call()
-    text = str(e.value)
-    assert "\n" not in text and all(w in text for w in words), text
-    return text
 
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}

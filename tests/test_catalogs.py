@@ -11,34 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rasterio.crs import CRS
-from rasterio.transform import Affine
-
 import fuzz
 import layouts_catalogs
+from layouts_catalogs import HOME, PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
+from rasterio.crs import CRS
+from rasterio.transform import Affine
+from refusals import refused, skipped
+
 from cromss import catalogs, sources
 from cromss.catalogs import PatternSource, StacSource, TableSource, Url, locate, remote_options, shown
-from cromss.config import ConfigError, DataError
+from cromss.config import ConfigError
 from cromss.dataset import PatchDataset
 from cromss.prepare import prepare
-from cromss.sources import SkipLocation, open_source
-from layouts_catalogs import HOME, PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
+from cromss.sources import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")     # affine's `*`
-
-
-def refused(call, *words, error=DataError):
-    with pytest.raises(error) as e: call()
-    assert not isinstance(e.value, SkipLocation), e.value
-    text = str(e.value)
-    assert "\n" not in text and all(w in text for w in words), text
-    return text
-
-
-def skipped(call, reason, *words):
-    with pytest.raises(SkipLocation) as e: call()
-    assert e.value.reason == reason and "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
-    return str(e.value)
 
 
 def same(location, seeds):

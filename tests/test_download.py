@@ -1,5 +1,4 @@
 "Downloads against a hub on this machine: what is fetched, gone on with, tried again, refused, and never left under a final name."
-import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
+from disks import disk, remount
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -374,7 +374,7 @@ def test_two_processes_do_not_write_to_one_folder(hub, tmp_path):
 
 
 def test_ctrl_c_stops_all_threads(hub, tmp_path, monkeypatch):
-    hub.faults[ZIP], before = [("status", 503)] * 5, threading.active_count()
+    hub.faults[ZIP] = [("status", 503)] * 5
     monkeypatch.setattr(module, "FIRST_WAIT", 30)
     def interrupted(jobs):
         wait_for(lambda: hub.files_asked())
@@ -517,19 +517,6 @@ def test_whatever_goes_wrong_no_wrong_file_gets_the_name(hub, tmp_path, monkeypa
 
 
 # the disk
-
-@contextlib.contextmanager
-def disk(folder, size):
-    "A small file system of its own at a folder; the test is skipped, saying so, where none can be mounted."
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode: pytest.skip(f"no file system can be mounted here ({done.stderr.strip()})")
-    try: yield folder
-    finally: subprocess.run(["umount", "-l", folder], check=True)
-
-
-def remount(folder, options): subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
-
 
 def test_too_little_room_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10 ** 6, 0, 349_999))

@@ -18,7 +18,6 @@ from cromss import prepare as module
 from cromss.config import ConfigError, DataError, StoreError
 from cromss.prepare import prepare
 from cromss.sources import SkipLocation
-from cromss.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
 

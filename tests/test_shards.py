@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 import zarr
-from layouts_shards import (CORNER, IDS, OPTICAL, RADAR, RADAR_OF, arrays, class_ids, coordinates, pixels, read_all, shard, write_label, write_ssl4eo_s12_v1_1, write_zarr)
+from layouts_shards import (CORNER, IDS, OPTICAL, RADAR_OF, arrays, class_ids, coordinates, pixels, read_all, shard, write_label, write_ssl4eo_s12_v1_1, write_zarr)
 from numcodecs import LZ4, Blosc, GZip, Zlib, Zstd
 from rasterio.crs import CRS
 
@@ -129,7 +129,7 @@ def test_coded_and_batch(tmp_path):
 
 @pytest.mark.parametrize("chunks", [(3, 1, 13, 24, 24), (3, 4, 13, 24, 24), (2, 3, 5, 10, 7), (1, 1, 1, 24, 24)])
 def test_any_chunks(tmp_path, chunks, monkeypatch):
-    values, found = pixels("S2L1C"), {}
+    values = pixels("S2L1C")
     write_zarr(tmp_path / "a.zarr.zip", arrays("S2L1C", values), chunks=chunks)
     unpacked = []
     monkeypatch.setattr(module, "CACHE", {})

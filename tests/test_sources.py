@@ -8,13 +8,13 @@ import pytest
 import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import Affine
+from refusals import refused, skipped
 
 from cromss.classes import SCHEMES
 from cromss.config import ConfigError, DataError
 from cromss.sensors import SENSORS
+from cromss.sources import Grid, PlainSource, SkipLocation, file_bands, grid_offset, misfit, open_source, read_raster, resample
 from cromss.trees import SSL4EOSource, pair_products, product_date
-from cromss.sources import (Grid, PlainSource, SkipLocation, file_bands, grid_offset, misfit, open_source,
-                            read_raster, resample)
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")     # affine's `*`
 UTM, PLACE, SIZE = CRS.from_epsg(32631), Affine(10, 0, 500000, 0, -10, 5600000), 24
@@ -61,20 +61,6 @@ def coded(values, sensor):
     "The published coding by hand."
     mean, std = (np.array(v).reshape(-1, 1, 1) for v in (sensor.mean, sensor.std))
     return np.trunc(np.clip((values.astype(np.float64) - (mean - 2 * std)) / (4 * std), 0, 1) * 255).astype(np.uint8)
-
-
-def refused(call, *words):
-    with pytest.raises(DataError) as e: call()
-    assert not isinstance(e.value, SkipLocation), e.value
-    text = str(e.value)
-    assert "\n" not in text and all(w in text for w in words), text
-    return text
-
-
-def skipped(call, reason):
-    with pytest.raises(SkipLocation) as e: call()
-    assert e.value.reason == reason, e.value
-    return str(e.value)
 
 
 # -- real tiles -------------------------------------------------------------------------------------------------------------------------------------

@@ -11,31 +11,19 @@ from layouts_trees import (OPTICAL, PLACE, RADAR, SIZE, TILES, classes, dfc2020,
                            write_ssl4eo_coded, write_ssl4eo_zipped_labels, write_tif, zip_folder)
 from rasterio.crs import CRS
 from rasterio.transform import Affine
+from refusals import refused, skipped
 
 from cromss.classes import DYNAMIC_WORLD, ClassScheme, load_scheme
-from cromss.config import ConfigError, DataError
+from cromss.config import ConfigError
 from cromss.dataset import PatchDataset
 from cromss.prepare import prepare
 from cromss.sensors import SENSORS, decode, encode
 from cromss.sources import SkipLocation, open_source
-from cromss.trees import DFC2020Source, LabelTree, NoLDOSource, SSL4EOSource, pair_products, product_date, read_ids
+from cromss.trees import DFC2020Source, LabelTree, NoLDOSource, pair_products, product_date, read_ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"), pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")]
 WRITERS = [write_ssl4eo, write_ssl4eo_coded, write_ssl4eo_zipped_labels, write_dfc2020, write_noldo_trees, write_noldo_zip]
 KINDS = dict(zip(WRITERS, ["ssl4eo-s12"] * 3 + ["dfc2020"] + ["noldo-trees"] * 2))
-
-
-def refused(call, *words, error=DataError):
-    with pytest.raises(error) as e: call()
-    assert not isinstance(e.value, SkipLocation), e.value
-    text = str(e.value)
-    assert "\n" not in text and all(w in text for w in words), text
-    return text
-
-
-def skipped(call, reason, *words):
-    with pytest.raises(SkipLocation) as e: call()
-    assert e.value.reason == reason and all(w in str(e.value) for w in words), e.value
 
 
 def coded(values, sensor): return encode(values, SENSORS[sensor])[0]
