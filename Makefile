@@ -55,7 +55,7 @@ bench: setup  ## time the published steps, transcribed, and ours by turns; write
 	$(PY) bench/bench.py $(ARGS)
 
 fuzz: setup  ## read data sets of every format with 2,000 kinds of damage each (CASES=...; about an hour)
-	OMP_NUM_THREADS=1 CROMSS_FUZZ=$(CASES) $(PY) -m pytest tests -q -k fuzz -p no:cacheprovider
+	OMP_NUM_THREADS=1 CROMSS_FUZZ=$(CASES) $(PY) -m pytest tests/test_fuzz.py -v -p no:cacheprovider
 
 index: setup  ## prepare a store of 250,000 locations with tiny values, and time opening it (about 10 minutes, 4 GB)
 	$(PY) bench/index.py

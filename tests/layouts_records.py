@@ -7,6 +7,7 @@ import lmdb
 import numpy as np
 from safetensors.numpy import save
 
+from cromss import records
 from cromss.sensors import SENSORS
 
 SIZE = 24

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import fuzz
 import layouts_catalogs
 from layouts_catalogs import HOME, PLACE, band_assets, image, item, write_pattern, write_stac, write_table, write_tif
 from rasterio.crs import CRS
@@ -55,10 +54,6 @@ def test_into_a_store(kind, tmp_path):
     assert len(store) == 2 and store.manifest["info"]["report"]["kept"] == 2
     sample = PatchDataset(store, crop=16)[0]
     assert sample["image_s1"].shape == (2, 16, 16) and sample["image_s2"].shape == (3, 16, 16) and sample["mask"].shape == (16, 16)
-
-
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_fuzz(kind, tmp_path): fuzz.fuzz(LAYOUTS[kind], tmp_path)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 
 import cv2
-import fuzz
 import numpy as np
 import pytest
 import rasterio
@@ -51,11 +50,6 @@ def test_recognised_prepared_and_read_as_a_batch(kind, tmp_path):
     for i, key in enumerate(source.keys()):
         place, kept = source.read(key), store.location(i)
         assert all(np.array_equal(a, b) for name in place.images for a, b in zip(place.images[name], kept.images[name])) and np.array_equal(place.labels, kept.labels)
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_damage_of_any_kind_is_refused_or_harmless(kind, tmp_path):
-    fuzz.fuzz(WRITERS[kind], tmp_path)
 
 
 def test_an_lmdb_may_be_one_file(tmp_path):

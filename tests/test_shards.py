@@ -11,12 +11,11 @@ import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import fuzz
 import numpy as np
 import pytest
 import rasterio
 import zarr
-from layouts_shards import (CORNER, IDS, OPTICAL, RADAR_OF, arrays, class_ids, coordinates, pixels, read_all, shard, write_label, write_ssl4eo_s12_v1_1, write_zarr)
+from layouts_shards import (CORNER, IDS, OPTICAL, RADAR_OF, arrays, class_ids, coordinates, pixels, read_all, shard, write_label, write_zarr)
 from numcodecs import LZ4, Blosc, GZip, Zlib, Zstd
 from rasterio.crs import CRS
 
@@ -566,7 +565,3 @@ def test_recognised(tmp_path):
 def test_coordinates_are_centres():
     x, y = coordinates(2, 24)
     assert x[0, 0] == CORNER[0] + 5 and y[1, 0] == CORNER[1] - 5 and x[1, 0] - x[0, 0] == 3000
-
-
-def test_damage(tmp_path):
-    fuzz.fuzz(write_ssl4eo_s12_v1_1, tmp_path, exact=True, cases=int(os.environ.get("CROMSS_FUZZ", 60)))

@@ -596,11 +596,6 @@ def test_probabilities_reach_the_batch(plain, tmp_path):
 
 # -- damage -----------------------------------------------------------------------------------------------------------------------------------------
 
-def test_fuzz_plain(tmp_path):
-    import fuzz
-    from layouts_plain import write_plain
-    fuzz.fuzz(write_plain, tmp_path)
-
 
 def test_scaled_values_are_refused(plain):
     with rasterio.open(plain / "a/2021-04/s2.tif", "r+") as file: file.scales, file.offsets = [1e-4] * 4, [-0.1] * 4

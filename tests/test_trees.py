@@ -6,7 +6,6 @@ import zipfile
 import numpy as np
 import pytest
 import rasterio
-from fuzz import CASES, fuzz
 from layouts_trees import (OPTICAL, PLACE, RADAR, SIZE, TILES, classes, dfc2020, noldo, optical, radar, ssl4eo, write_dfc2020, write_noldo_trees, write_noldo_zip, write_ssl4eo,
                            write_ssl4eo_coded, write_ssl4eo_zipped_labels, write_tif, zip_folder)
 from rasterio.crs import CRS
@@ -55,11 +54,6 @@ def test_into_a_store_and_a_batch(write, tmp_path):
     sample = PatchDataset(store, crop=16)[0]
     assert sample["image_s2"].shape == (13, 16, 16) and sample["image_s1"].shape == (2, 16, 16)
     assert "\n" not in source.describe() and str(tmp_path) not in source.describe()
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_damage(write, tmp_path):
-    fuzz(write, tmp_path, exact=write is write_noldo_zip, cases=max(10, CASES // 4))
 
 
 @pytest.mark.parametrize("write", WRITERS)
