@@ -212,7 +212,11 @@ def _prepare(tokens):
 def _kinds():
     "The formats that can be read, for the end of the help."
     from cromss.sources import known_sources
-    return "\n".join(["formats, by the kind of source and what marks it:", *(f"  {kind:<18} {source.layout}" for kind, source in known_sources().items())])
+    lines = ["formats, by the kind of source, what marks it, and its own options:"]
+    for kind, source in known_sources().items():
+        own = [name for name in list(inspect.signature(source).parameters)[1:] if name not in ("sensors", "bands", "scheme", "coding")]
+        lines += [f"  {kind:<18} {source.layout}", f"  {'':<18} options: {', '.join(own)}"] if own else [f"  {kind:<18} {source.layout}"]
+    return "\n".join(lines)
 
 def _few(names, count=3):
     return ", ".join(list(map(str, names))[:count]) + (", ..." if len(names) > count else "")

@@ -6,8 +6,8 @@
 __all__ = ['FILL', 'DEGREE_KM', 'Draw', 'draw', 'cut', 'flip_and_turn', 'rotate', 'crops_per_patch', 'windows', 'PatchDataset',
            'collate', 'to_images', 'later_prior', 'Split', 'split_locations', 'StepSampler']
 
-# %% ../nbs/07_dataset.ipynb #37cda16a
-from dataclasses import dataclass
+# %% ../nbs/07_dataset.ipynb #304e6d91
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 import cv2
@@ -246,7 +246,7 @@ class PatchDataset(Dataset):
         "The sample of whole-patch arrays and the labels of all seasons."
         arrays = arrays | {"mask": labels[chosen.season]} | ({} if self.lean else {"season_masks": labels})
         sample = self._images(arrays, chosen) | {k: self._map(k, arrays[k], chosen) for k in FILL if k in arrays}
-        if self.later: sample |= {"around": torch.from_numpy(labels), "place": chosen}
+        if self.later: sample |= {"around": torch.from_numpy(labels), "place": asdict(chosen)}
         elif self.smoothing: sample["prior"] = torch.from_numpy(self._told(arrays, chosen) if self.told else self._prior(labels, chosen))
         sample |= {"season": torch.tensor(chosen.season), "key": self.store.keys[location], "quarantined": ""}
         return sample | self._grid(location, chosen) if self.located else sample
@@ -324,7 +324,7 @@ class PatchDataset(Dataset):
 def collate(
     samples,   # list of samples
 ):
-    "A batch: tensors stacked, texts and Draws in lists."
+    "A batch: tensors stacked, texts and places in lists."
     places = {"place": [s.pop("place") for s in samples]} if "place" in samples[0] else {}
     return default_collate(samples) | places
 
@@ -346,7 +346,7 @@ def later_prior(
     "The batch with `prior` in place of `around` and `place`: one blur for all, on the batch's device, then cropped and turned as the images were."
     s = smoothing
     maps = smoothing_prior(batch["around"], batch["season"], num_classes, s.kind, s.sigma, s.truncate)
-    prior = torch.stack([_placed(m, chosen, crop) for m, chosen in zip(maps, batch["place"])])
+    prior = torch.stack([_placed(m, Draw(**place), crop) for m, place in zip(maps, batch["place"])])
     return {k: v for k, v in batch.items() if k not in ("around", "place")} | {"prior": prior}
 
 def _placed(maps, chosen, crop):

@@ -481,8 +481,8 @@ def test_priors_formed_later_are_the_same(tmp_path, kind, rotation):
     places, got = batch["place"], later_prior(batch, 9, smoothing, 32)
     assert set(got) == set(expected) and all(torch.equal(got[k], expected[k]) for k in ("mask", "image_s1", "valid", "season"))
     for ours, theirs, chosen in zip(got["prior"], expected["prior"], places):
-        angles += bool(chosen.angle)
-        assert (ours - theirs).abs().max() < (0.02 if chosen.angle else 1e-6)          # OpenCV turns in 1/32 px
+        angles += bool(chosen["angle"])
+        assert (ours - theirs).abs().max() < (0.02 if chosen["angle"] else 1e-6)          # OpenCV turns in 1/32 px
     assert bool(angles) == rotation
 
 

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -790,3 +791,18 @@ def test_a_folder_of_one_sensor(plain, folder):  # noqa: F811
 def test_another_architecture_has_its_own_decoder():
     assert configure({"architecture": "fpn"}).decoder_channels is None and configure({"encoder_depth": 5}).decoder_channels is None
     assert configure({"encoder": "resnet34"}).decoder_channels == (64, 48, 32, 16)
+
+
+def test_on_a_gpu_priors_are_formed_from_whole_batches(folder, scenes):
+    "The batches of a run on a GPU, here formed on the CPU, are those of a run on the CPU; Lightning can move all that is in them."
+    from lightning.fabric.utilities import move_data_to_device
+    batches = {}
+    for device in ("cpu", "cuda"):
+        data = PatchDataModule(tiny(folder, batch_size=4, rotation=False), scenes)
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), global_step=0, global_rank=0, world_size=1)
+        batch = move_data_to_device(next(iter(data.train_dataloader())), torch.device("cpu"))
+        assert ("around" in batch) == (device == "cuda")
+        batches[device] = data.on_after_batch_transfer(batch, 0)
+    assert batches["cpu"].keys() == batches["cuda"].keys() and batches["cpu"]["mask"].dtype == torch.int64
+    for name, value in batches["cpu"].items():
+        if torch.is_tensor(value): assert torch.allclose(value, batches["cuda"][name], atol=1e-6), name
