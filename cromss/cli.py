@@ -66,7 +66,10 @@ def _tidy(tokens, parser, lists=()):
             option = name.replace("-", "_").replace("__", "--", 1)
             check_names([option], sorted(known), "option")
             tidy.append(option + equals + _value(option, value, lists))
-        else: tidy.append(_value(option, token, lists))
+            if equals: option = ""
+        else:
+            tidy.append(_value(option, token, lists))
+            option = ""                          # it had its value: what follows stands for itself
     return tidy
 
 def _value(option, text, lists):

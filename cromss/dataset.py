@@ -300,7 +300,8 @@ class PatchDataset(Dataset):
     @property
     def may_wait(self):
         "Whether the priors can be formed from whole batches: they are blurred from labels, and all patches have one size."
-        return bool(self.smoothing) and not self.told and len(np.unique(self.store.shapes[self.locations], axis=0)) == 1
+        shapes = np.unique(self.store.shapes[self.locations], axis=0)
+        return bool(self.smoothing) and not self.told and len(shapes) == 1 and int(shapes.max()) <= 2 * self.crop      # else the surroundings would cost more than the crop
 
     def _told(self, arrays, chosen):
         "The crop's class probabilities, float32 (C, H, W) with sum 1; one-hot labels where there are none."
@@ -406,7 +407,7 @@ def _split_places(store, usable, fraction, seed, block_km):
     "Hold out whole places: patches that were cut from one (`KEY@row,column`) overlap, and stay on one side. Blocks hold whole places."
     places = np.array([store.key(int(i)).partition("@")[0] for i in usable])
     names, place = np.unique(places, return_inverse=True)
-    if len(names) == 1: names, place = usable, np.arange(len(usable))          # one place in patches: its patches are held out
+    if len(names) == 1: names, place, block_km = usable, np.arange(len(usable)), 0.0          # one place in patches: its patches are held out
     elif block_km:
         blocks = _blocks(store, usable, block_km)[np.unique(places, return_index=True)[1]]       # a place lies where its first patch does
         names, block = np.unique(blocks, axis=0, return_inverse=True)

@@ -6,24 +6,30 @@
 __all__ = ['DETAILS', 'SEVERAL', 'HOPELESS', 'complete_seasons', 'patch_starts', 'cut_patches', 'Report', 'level_quantiles',
            'report_dict', 'Progress', 'track', 'Task', 'prepare']
 
-# %% ../nbs/06_prepare.ipynb #f9dae036
+# %% ../nbs/06_prepare.ipynb #28cbdb84
 import contextlib
 import hashlib
+import inspect
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from .classes import IGNORE
-from .config import ConfigError, DataError, StoreError
+from .config import ConfigError, DataError, StoreError, check_names
 from .scenes import ScenesSource
 from .sensors import decode, encode
-from .sources import Reading, SkipLocation, open_source
+from .sources import FileSource, Reading, SkipLocation, open_source
 from .store import Build, Location
 
 # %% ../nbs/06_prepare.ipynb #4b875d83
@@ -40,7 +46,8 @@ def _map_seasons(location, change, seasons=None, **fields):
     "A copy of the location with `change` applied to every list of arrays, one a season."
     def each(arrays): return None if arrays is None else {name: change(values) for name, values in arrays.items()}
     return replace(location, seasons=location.seasons if seasons is None else seasons, images=each(location.images), valid=each(location.valid), labels=change(location.labels),
-                   reference=None if location.reference is None else change(location.reference), **fields)
+                   reference=None if location.reference is None else change(location.reference),
+                   probabilities=None if location.probabilities is None else change(location.probabilities), **fields)
 
 # %% ../nbs/06_prepare.ipynb #2c2bc57a
 def patch_starts(
@@ -185,9 +192,10 @@ class Progress:
         progress=True,     # False: say nothing
         unit="location",   # what is counted
         every=5.0,         # seconds between lines where there is no terminal
+        done=0,            # how much of it was done before, which tells nothing of the speed
     ):
-        self.total, self.unit, self.every, self.done = total, unit, every, 0
-        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True) if progress and sys.stderr.isatty() else None
+        self.total, self.unit, self.every, self.done, self.before = total, unit, every, done, done
+        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if progress and _terminal() else None
         self.lines = progress and self.bar is None
         if self.lines: self.start = self.last = time.monotonic()
 
@@ -203,8 +211,13 @@ class Progress:
         self.done += count
         if self.bar is not None: self.bar.update(count)
         if not self.lines or (now := time.monotonic()) - self.last < self.every: return
-        self.last, left = now, (now - self.start) / self.done * (self.total - self.done)
+        self.last, left = now, (now - self.start) / max(self.done - self.before, 1) * (self.total - self.done)
         print(f"{self.done:,} of {self.total:,} {self.unit}s, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+
+def _terminal():
+    "Whether stderr is a terminal with room for a bar; some containers' have none."
+    try: return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError): return sys.stderr.isatty()
 
 def track(
     items,             # a list
@@ -221,7 +234,10 @@ def track(
 # %% ../nbs/06_prepare.ipynb #fe454114
 def _as_source(source, coding, options):
     "The Source itself, the built-in scenes, or the source of a folder."
-    if isinstance(source, str) and source == "scenes": source = ScenesSource(**options)
+    if isinstance(source, str) and source == "scenes":
+        options = {k: v for k, v in options.items() if v is not None}
+        check_names(options, list(inspect.signature(ScenesSource).parameters), "option of scenes:")
+        source = ScenesSource(**options)
     elif not hasattr(source, "read"): return open_source(source, coding=coding, **options)
     elif options: raise ConfigError(f"{', '.join(options)}: options are for a path; this {source.kind} source is ready made")
     own = getattr(source, "coding", "uint8")
@@ -295,24 +311,41 @@ def _here(task, shards, bar):
     "Write shards in this process; yields (shard's number, locations kept)."
     for number, keys in shards.items(): yield number, task.write(number, keys, bar.add)
 
-def _write_shard(number, keys):
-    "In a worker: write a shard by the Task that every worker has got."
+def _write_shard(number, keys, name):
+    "In a worker: write a shard by the Task that every worker has got, and tell of each location."
     from distributed import get_worker
-    return number, get_worker().plugins["cromss"].task.write(number, keys)
+    worker, done = get_worker(), count(1)
+    return number, worker.plugins[name].task.write(number, keys, lambda: worker.log_event(name, (number, next(done))))
 
 def _plugin(task):
-    "What brings a Task to every worker, also to one that replaces another."
+    "What brings a Task to every worker, also to one that replaces another; workers leave Ctrl-C to the process that asked for them."
     from distributed import WorkerPlugin
-    plugin = WorkerPlugin()
+    class Bring(WorkerPlugin):
+        def setup(self, worker):
+            if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plugin = Bring()
     plugin.task = task
     return plugin
 
+class _Shares:
+    "Adds each location to a Progress once, though a shard may be tried again, and is told of by events and by its end."
+    def __init__(self, bar): self.bar, self.told, self.lock = bar, defaultdict(int), threading.Lock()
+
+    def tell(self, number, done):
+        "So many locations of a shard are done."
+        with self.lock:
+            more, self.told[number] = max(0, done - self.told[number]), max(done, self.told[number])
+            if more: self.bar.add(more)
+
 def _on_dask(task, shards, bar, workers, scheduler):
     "Write shards by Dask's workers; yields (shard's number, locations kept)."
-    from distributed import KilledWorker, as_completed
+    from distributed import CancelledError, KilledWorker, as_completed
+    name = f"cromss-{os.urandom(8).hex()}"                # a scheduler may serve several preparations at a time
     with _client(workers, scheduler) as client:
-        client.register_plugin(_plugin(task), name="cromss")
-        futures = {client.submit(_write_shard, number, keys, pure=False): number for number, keys in shards.items()}
+        shares = _Shares(bar)
+        client.subscribe_topic(name, lambda event: shares.tell(*event[1]))
+        client.register_plugin(_plugin(task), name=name)
+        futures = {client.submit(_write_shard, number, keys, name, pure=False): number for number, keys in shards.items()}
         for future in as_completed(futures):
             number = futures[future]
             try: result = future.result()
@@ -320,7 +353,9 @@ def _on_dask(task, shards, bar, workers, scheduler):
                 keys = shards[number]
                 raise StoreError(f"{task.build.folder}: the process that prepared {keys[0]} to {keys[-1]} ended without a word, several times; is it short of memory? "
                                  "use fewer workers, or a smaller shard_size. Finished shards are kept, the same command goes on") from None
-            bar.add(len(shards[number]))
+            except CancelledError as e:
+                raise StoreError(f"{task.build.folder}: the scheduler was lost ({' '.join(str(e).split())[-200:]}). Finished shards are kept, the same command goes on") from None
+            shares.tell(number, len(shards[number]))
             future.release()
             yield result
 
@@ -333,9 +368,15 @@ def _client(workers, scheduler):
     if scheduler:
         try: client = Client(scheduler, timeout=20)
         except (OSError, TimeoutError, ValueError) as e: raise ConfigError(f"scheduler={scheduler!r}: cannot be reached ({' '.join(str(e).split())[:200]}); give the address that dask-scheduler prints") from None
-        with client: yield client
+        with client:
+            if not client.scheduler_info()["workers"]: print(f"{scheduler}: has no worker yet; waiting for one", file=sys.stderr)
+            yield client
         return
-    with config.set(quiet), LocalCluster(workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client: yield client
+    with config.set(quiet):
+        try: cluster = LocalCluster(workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
+        except RuntimeError as e:
+            raise ConfigError(f"processes cannot be started ({' '.join(str(e).split())[:200]}); in a script, call prepare below `if __name__ == '__main__':`, or give workers=0") from None
+        with cluster, Client(cluster) as client: yield client
 
 # %% ../nbs/06_prepare.ipynb #9d584ae7
 SEVERAL, HOPELESS = 512, 2000      # locations from which on several processes are used; locations after which one must have been kept
@@ -356,17 +397,41 @@ def _report(task):
     for note in task.build.notes(): report.merge(note)
     return report
 
+def _shown(root): return re.sub(r"(://)[^/]*@|[?].*", r"\1", root) if "://" in str(root) else os.path.abspath(root)      # without password and signature
+
+def _settings(source):
+    "What else decides what a source of files gives: the options that it was made with, and dataset.yaml."
+    if not isinstance(source, FileSource): return {}
+    given = {k: getattr(source, k, None) for k in inspect.signature(type(source)).parameters if k not in ("root", "sensors", "bands", "scheme", "settings")}
+    return {k: str(v) for k, v in given.items() if isinstance(v, (bool, int, float, str, Path))} | {"dataset.yaml": getattr(source, "settings", None)}
+
 def _plan(task, keys, shard_size, options):
     "What is asked for, as JSON has it: a restart goes on only with the same."
-    return {"source": task.source.describe(), "keys": hashlib.sha256("\0".join(keys).encode(errors="surrogateescape")).hexdigest(), "coding": task.build.coding, "patch": task.patch, "shard_size": shard_size,
+    return {"source": task.source.describe(), "root": _shown(task.source.root), "sensors": {n: s.to_dict() for n, s in task.source.sensors.items()}, "settings": _settings(task.source), "locations": len(keys),
+            "keys": hashlib.sha256("\0".join(keys).encode(errors="surrogateescape")).hexdigest(), "coding": task.build.coding, "patch": task.patch, "shard_size": shard_size,
             "seasons_required": task.seasons_required, "classes": task.build.scheme.to_dict(), "options": {k: str(v) for k, v in sorted(options.items())}}
+
+def _announcement(task, shards, finished, workers, scheduler):
+    "What is going to be done, in one line."
+    by = f"by the workers of {scheduler}" if scheduler else f"by {workers} processes" if workers else "in this process"
+    kept = f"; {len(finished):,} shards are finished and kept as they were read (restart=True, --restart, reads all again)" if finished else ""
+    return f"{task.source.describe()}: {sum(map(len, shards.values())):,} locations in {len(shards):,} shards, {by}{kept}"
+
+@contextlib.contextmanager
+def _kept(task, shards, progress):
+    "Say what is kept, if something stops the preparation."
+    try: yield
+    except BaseException:
+        done = len(task.build.finished())
+        if progress and done: print(f"{done:,} of {len(shards):,} shards are finished and kept in {task.build.partial}; the same call goes on with the others", file=sys.stderr)
+        raise
 
 def _write_all(task, shards, progress, workers, scheduler):
     "Write the shards that are not finished. Raises DataError if none of many locations can be used."
     kept, tried, finished = 0, 0, set(task.build.finished())
     left = {n: keys for n, keys in shards.items() if n not in finished}
-    with Progress(sum(map(len, shards.values())), progress) as bar:
-        if finished: bar.add(sum(len(keys) for n, keys in shards.items() if n in finished))
+    if progress and len(shards) > 1: print(_announcement(task, shards, finished, workers, scheduler), file=sys.stderr)
+    with Progress(sum(map(len, shards.values())), progress, done=sum(len(keys) for n, keys in shards.items() if n in finished)) as bar:
         for number, count in _here(task, left, bar) if workers == 0 and not scheduler else _on_dask(task, left, bar, workers, scheduler):
             kept, tried = kept + count, tried + len(shards[number])
             if not kept and not finished and tried >= HOPELESS: raise DataError(_nothing_left(task.source, tried, _report(task)))
@@ -374,12 +439,12 @@ def _write_all(task, shards, progress, workers, scheduler):
 def prepare(
     source,               # a Source, a path or URL that one can read, or "scenes"
     folder,               # folder of the store, which must not exist yet
-    patch=None,           # cut larger locations into patches of this side, px; None: any size is kept
+    patch=None,           # cut larger locations into patches of this side, px, the last of a row moved inward; None: any size is kept
     coding="uint8",       # "uint8": the published coding, "raw": float32 in the sensors' units
     seasons_required=1,   # locations with fewer complete seasons are left out, 1 or more
     progress=True,        # show the progress on stderr
     shard_size=256,       # locations of the source in a file of the store
-    workers=None,         # processes: 0 for this one alone; None: this one for a small set, else one a core
+    workers=None,         # processes: 0 for this one alone; None: this one for a small set, else one a core (a script then calls this below `if __name__ == "__main__":`)
     scheduler=None,       # address of a Dask scheduler, whose workers are used instead
     restart=False,        # discard what an unfinished preparation with other settings left in NAME.partial
     **options,            # of the source, if it is a path: sensors, bands, scheme, level, grid, labels, allow_resample, kind, ...
@@ -389,12 +454,16 @@ def prepare(
         if value is not None and (type(value) is not int or value < least): raise ConfigError(f"{name}={value!r}: must be a whole number, {least} or more")
     source = _as_source(source, coding, options)
     task = Task(source, Build(folder, source.sensors, source.scheme, coding), patch, seasons_required)
+    if isinstance(source.root, Path) and source.root.is_dir() and task.build.folder.is_relative_to(source.root.resolve()):
+        raise ConfigError(f"{task.build.folder}: lies in the data's own folder {source.root}, and would be taken for data; choose a folder outside")
     keys = list(source.keys())
     if twice := len(keys) - len(set(keys)): raise DataError(f"{source.root}: {twice} locations have the name of another; names must be unique")
     shards = dict(enumerate(keys[at:at + shard_size] for at in range(0, len(keys), shard_size)))
     if workers is None: workers = 0 if len(keys) < SEVERAL else min(_cores(), len(shards))
     with task.build.open(_plan(task, keys, shard_size, options), restart):
-        _write_all(task, shards, progress, workers, scheduler)
+        with _kept(task, shards, progress): _write_all(task, shards, progress, workers, scheduler)
+        if lost := sorted(set(shards) - set(task.build.finished())):
+            raise StoreError(f"{task.build.partial}: {len(lost)} of {len(shards)} shards are not there although they were written, such as number {lost[0]}; do all workers see this folder? The same command goes on")
         report = _report(task)
         if not report.kept: raise DataError(_nothing_left(source, len(keys), report))
         return task.build.publish(source.describe(), {"report": report.to_dict()})

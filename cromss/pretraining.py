@@ -614,7 +614,7 @@ def pretrain(
     if earlier: config = _same_global_batch(earlier, config, ranks)
     data, task = _make_task(config, store)
     _check_crop(config, task.model)
-    _check_shared_memory(data, config)
+    _check_shared_memory(data, config, processes=ranks.local)
     _check_same_data(earlier, store)
     start = ranks.first(lambda: _start(earlier, config)) if earlier else None
     if start == FINISHED: return earlier
@@ -647,14 +647,16 @@ def _fit(run, task, data, start):
         trainer = make_trainer(task.config, run, task.ranks, (checkpoints, interruption))
         try: trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e): raise
+            if "DataLoader worker (pid" not in str(e): raise            # what a worker raises itself says "in DataLoader worker process"
             raise Interrupted(f"a data worker ended without a word ({' '.join(str(e).split())[:120]}); is the machine short of memory? with fewer num_workers go on by: {resume_command(run)}") from e
     return trainer
 
-def _check_shared_memory(data, config, folder="/dev/shm"):
+def _check_shared_memory(data, config, folder="/dev/shm", processes=1):
     "Raise ConfigError if the batches that data workers hold ready do not fit into shared memory, which would end them by a bus error."
     if not config.num_workers or not Path(folder).is_dir(): return
-    sample = sum(v.nbytes for v in data.train[(0, 0)].values() if torch.is_tensor(v))
+    data.train.later = torch.cuda.is_available() and data.train.may_wait          # as `train_dataloader` will have it
+    samples = [data.train[(0, 0)], *([data.validation[0]] if data.validation else [])]
+    sample = processes * max(sum(v.nbytes for v in s.values() if torch.is_tensor(v)) for s in samples)
     need, free = sample * config.batch_size * (2 * config.num_workers + 1), shutil.disk_usage(folder).free
     if need > free:
         raise ConfigError(f"num_workers={config.num_workers}: the batches that they hold ready need {need / 1e6:,.0f} MB of {folder}, which has {free / 1e6:,.0f} MB free; "

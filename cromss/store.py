@@ -247,6 +247,11 @@ def _fingerprint(path):
     "Size in bytes and SHA-256 of a file."
     with open(path, "rb") as f: return {"size": os.fstat(f.fileno()).st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
+def _room(folder):
+    "How much room is left on a folder's disk, in words; LMDB calls a full disk an input/output error."
+    try: return f"; {shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free / 1e6:,.0f} MB are free"
+    except (OSError, StopIteration): return ""
+
 @contextlib.contextmanager
 def writing(
     folder,   # what is written, for the message
@@ -254,7 +259,7 @@ def writing(
     "Turn what the disk says into a StoreError that names the folder."
     try: yield
     except (OSError, lmdb.Error) as e:
-        raise StoreError(f"{folder}: cannot be written ({e}); make room or choose another folder. Nothing was left under the final name") from e
+        raise StoreError(f"{folder}: cannot be written ({e}{_room(folder)}); make room or choose another folder. Nothing was left under the final name") from e
 
 # %% ../nbs/03_store.ipynb #6c76a62e
 SEASONAL = {"season": -1, "present": False, "reference": False, "probable": False, "labelled": -1}   # columns with a value a season, and what stands for none
@@ -330,9 +335,14 @@ def _started(pid):
     try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError): return None
 
+def _space():
+    "The name space that this process's number is from: a container has its own."
+    try: return os.readlink("/proc/self/ns/pid")
+    except OSError: return None
+
 def _alive(holder):
     "Whether the holder of a lock may still be at work: on another host, or with its number and start time on this one."
-    if holder.get("host") != socket.gethostname() or os.name != "posix": return True
+    if holder.get("host") != socket.gethostname() or holder.get("space", _space()) != _space() or os.name != "posix": return True
     try: os.kill(int(holder["pid"]), 0)
     except ProcessLookupError: return False
     except PermissionError: pass
@@ -348,7 +358,7 @@ def _claim(path):
     "Create a lock file that says who holds it; False if there is one."
     try: descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError: return False
-    with os.fdopen(descriptor, "w") as f: json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}, f)
+    with os.fdopen(descriptor, "w") as f: json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid()), "space": _space(), "ticket": os.urandom(8).hex()}, f)
     return True
 
 def _take_over(path):
@@ -374,7 +384,7 @@ def locked(
         holder = _holder(path)
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         raise StoreError(f"{folder}: {who} is preparing it; wait for it, or delete {path.name} if nothing is running")
-    try: yield
+    try: yield _holder(path).get("ticket")
     finally: path.unlink(missing_ok=True)
 
 # %% ../nbs/03_store.ipynb #80ab5e7a
@@ -389,7 +399,7 @@ class Build:
     ):
         self.folder = Path(folder).expanduser().resolve()
         self.partial = self.folder.with_name(self.folder.name + ".partial")
-        self.sensors, self.scheme, self.coding = dict(sensors), scheme, coding
+        self.sensors, self.scheme, self.coding, self.ticket = dict(sensors), scheme, coding, None
         wrong = [n for n, s in sensors.items() if n != s.name]
         if wrong or not sensors: raise ConfigError(f"sensors {list(sensors)}: give a dict of each sensor's own name and the Sensor")
         if coding not in CODINGS: raise ConfigError(f"coding={coding!r}: choose one of {', '.join(map(repr, CODINGS))}")
@@ -404,7 +414,7 @@ class Build:
     ):
         "Hold the lock and have the folder ready. Without a finished location it is removed if anything fails. Raises StoreError if another process holds it, or the plan is another."
         with writing(self.folder): self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
+        with locked(self.folder) as self.ticket:
             _refuse_existing(self.folder)
             self._begin(plan, restart)
             try: yield
@@ -415,6 +425,8 @@ class Build:
     def _begin(self, plan, restart):
         "Take over what an earlier attempt left, or begin anew."
         _refuse_foreign(self.partial)
+        if plan is None and self._planned() and self.finished():
+            raise StoreError(f"{self.partial}: holds the finished shards of a preparation; go on with it by the same `cromss prepare`, or delete that folder")
         if plan is None or restart or not self.finished() or not self._same(plan):
             with writing(self.folder):
                 if self.partial.is_dir(): shutil.rmtree(self.partial)
@@ -422,19 +434,23 @@ class Build:
                 (self.partial / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
         for path in (*self.partial.glob(".*.tmp"), *(self.partial / "parts").glob(".*.tmp")): path.unlink(missing_ok=True)
 
+    def _planned(self):
+        "What the earlier attempt was asked for, a dict; {} if that cannot be told."
+        try: earlier = json.loads((self.partial / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError): return {}
+        return earlier if isinstance(earlier, dict) else {}
+
     def _same(self, plan):
         "Whether the earlier attempt had this plan. Raises StoreError, naming what differs, if it had another."
-        try: earlier = json.loads((self.partial / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError): earlier = {}
-        plan = json.loads(json.dumps(plan, default=str))
+        earlier, plan = self._planned(), json.loads(json.dumps(plan, default=str))
         differs = [k for k in sorted({*plan, *earlier}) if plan.get(k) != earlier.get(k)]
         if not differs: return True
-        changes = "; ".join(f"{k}: {str(earlier.get(k))[:60]} -> {str(plan.get(k))[:60]}" for k in differs[:3])
+        changes = "; ".join(_change(k, str(earlier.get(k)), str(plan.get(k))) for k in [k for k in differs if k != "keys" or len(differs) == 1][:3])
         raise StoreError(f"{self.partial}: {len(self.finished())} shards were finished with other settings ({changes}); ask for the same again, or discard them by restart=True (--restart)")
 
     def finished(self):
         "Numbers of the finished shards, sorted."
-        return [int(p.stem) for p in sorted((self.partial / "parts").glob("[0-9]*.npz")) if self._whole(p)]
+        return [int(p.stem) for p in sorted((self.partial / "parts").glob("[0-9]*.npz"), key=lambda p: int(p.stem)) if self._whole(p)]
 
     def _whole(self, path):
         "Whether a part can be read, and its shard has the size that it says."
@@ -451,6 +467,7 @@ class Build:
         "Write one shard; how many locations it has. Raises DataError for locations that do not fit, StoreError if the disk refuses."
         with ShardWriter(self.partial / f"shard-{number:05d}.lmdb", self.sensors, self.scheme, self.coding) as shard:
             for location in locations: shard.add(location)
+            self._still_held()
         words = json.dumps({"entry": shard.entry, "note": note()}, default=_plain).encode()
         scratch = self._part(number).with_name(f".{number:05d}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         with writing(self.folder):
@@ -458,8 +475,14 @@ class Build:
                 np.savez(file, words=np.frombuffer(words, np.uint8), **shard.columns)
                 file.flush()
                 os.fsync(file.fileno())
+            self._still_held()
             os.replace(scratch, self._part(number))
         return shard.entry["count"]
+
+    def _still_held(self):
+        "Raise StoreError in a worker whose preparation has ended: another may be at work, with another plan."
+        if self.ticket and _holder(self.folder.with_name(self.folder.name + ".lock")).get("ticket") != self.ticket:
+            raise StoreError(f"{self.folder}: the preparation that asked for this shard has ended; start it again")
 
     def notes(self):
         "The notes of all finished shards, in order, one at a time."
@@ -481,10 +504,17 @@ class Build:
             (self.partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (self.partial / "index.npz", self.partial / "manifest.json", self.partial): _fsync(path)
             _refuse_existing(self.folder)
+            if self.folder.is_dir(): self.folder.rmdir()
             os.rename(self.partial, self.folder)
             _fsync(self.folder.parent)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
+            (self.folder / "plan.json").unlink(missing_ok=True)
         return Store.open(self.folder)
+
+def _change(name, before, now):
+    "What a setting was and is, from a little before the first letter that differs."
+    at = max(0, next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now))) - 20)
+    return f"{name}: {'...' * bool(at)}{before[at:at + 60]} -> {'...' * bool(at)}{now[at:at + 60]}"
 
 def _read_part(path):
     "A shard's columns, its entry in the manifest, and its note."
@@ -505,6 +535,7 @@ def _fsync(path):
     finally: os.close(descriptor)
 
 def _refuse_existing(folder):
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()): return      # an empty folder is as good as none
     if folder.exists() or folder.is_symlink():
         raise StoreError(f"{folder}: exists already and is not overwritten; choose another folder, or move it away")
 
@@ -697,6 +728,7 @@ class Store:
 
     def centers(self):
         "Longitude and latitude of the middle of all locations, float64 (N, 2) in degrees; NaN where a location has no place."
+        from rasterio._err import CPLE_BaseError
         from rasterio.errors import CRSError
         from rasterio.warp import transform
         found, (height, width), affine = np.full((len(self), 2), np.nan), self.shapes.T, self.transforms.T
@@ -704,7 +736,7 @@ class Store:
         for n, crs in enumerate(self.manifest["crs"]):
             rows = np.flatnonzero((self._index["crs"] == n) & np.isfinite(x))
             try: found[rows] = np.array(transform(crs, "EPSG:4326", x[rows], y[rows])).T
-            except CRSError as e: raise StoreError(f"{self.folder}: CRS {crs!r} is not known here ({e})") from None
+            except (CRSError, CPLE_BaseError) as e: raise StoreError(f"{self.folder}: locations in CRS {crs!r} have no longitude and latitude here ({e})") from None
         return found
 
     def crs(

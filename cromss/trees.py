@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIXEL_SIZE', 'SSL4EO_FOLDERS', 'VALUES', 'IGBP', 'DFC2020_CODES', 'NOLDO_CODES', 'NOLDO_SCHEMES', 'product_date',
-           'pair_products', 'find_folder', 'LabelTree', 'read_ids', 'SSL4EOSource', 'TileSource', 'DFC2020Source',
-           'NoLDOSource']
+           'pair_products', 'find_folder', 'LabelTree', 'read_ids', 'SSL4EOSource', 'TileSource', 'chosen_splits',
+           'DFC2020Source', 'NoLDOSource']
 
 # %% ../nbs/04a_trees.ipynb #851887c2
 import csv
@@ -457,6 +457,20 @@ def _zip_or_folder(root):
     try: return Tree(root)
     except DataError: return None
 
+# %% ../nbs/04a_trees.ipynb #f84c0d2a
+def chosen_splits(
+    split,     # what was asked for: a split, "all", or None
+    there,     # the splits that the data set has
+    known,     # all splits that it may have
+    where="",  # the data set, for messages
+):
+    "The splits to read, a list. Raises ConfigError for another, DataError where there are several and none was chosen."
+    if split not in (None, "all", *known): raise ConfigError(f"split={split!r}: choose {', '.join(map(repr, known))} or 'all'")
+    there = [s for s in known if s in there]
+    if split is None and len(there) > 1:
+        raise DataError(f"{where}: holds the splits {' and '.join(there)}; choose split={there[0]!r} (--options '{{split: {there[0]}}}'), {', '.join(map(repr, there[1:]))} or 'all'")
+    return [split] if split in known else there
+
 # %% ../nbs/04a_trees.ipynb #5389a785
 IGBP = (0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10)     # IGBP class -> raw value of DFC2020
 DFC2020_CODES = {"dfc": (DFC2020, None), "lc": (replace(DFC2020, remap={igbp: DFC2020.remap[raw] for igbp, raw in enumerate(IGBP)}), 1)}
@@ -472,15 +486,15 @@ class DFC2020Source(TileSource):
         bands=None,             # {sensor: names, or the size of a published subset}; None: all
         scheme=None,            # ClassScheme of the labels' values, its name or YAML file; None: dfc2020
         labels=None,            # "dfc" or "lc"; None: dfc, or lc where there is no other
-        split=None,             # "validation" or "test"; None: both
+        split=None,             # "validation", "test", or "all" for both; None: the one that is there
         allow_resample=False,   # bring rasters that disagree to one grid, instead of leaving them out
         coding="uint8",         # "uint8": coded images, "raw": float32 in the sensor's units
     ):
-        if split not in (None, "validation", "test"): raise ConfigError(f"split={split!r}: choose 'validation' or 'test'")
         if labels not in (None, *DFC2020_CODES): raise ConfigError(f"labels={labels!r}: choose 'dfc' or 'lc'")
         tree, scheme = Tree(root), None if scheme is None else load_scheme(scheme)
         files = _list_tiles(tree, _dfc_folders(tree, 3), lambda path: _dfc_tile(tree, path))
-        files = {key: seasons for key, seasons in files.items() if split is None or key.startswith(split)}
+        splits = chosen_splits(split, {key.partition("_")[0] for key in files}, ("validation", "test"), tree)
+        files = {key: seasons for key, seasons in files.items() if key.startswith(tuple(splits))}
         if not files: raise DataError(f"{tree}: no tile{f' of the split {split}' if split else ''}; looked for {self.layout}")
         labels = labels or ("dfc" if any("dfc" in roles for seasons in files.values() for roles in seasons.values()) else "lc")
         other = "lc" if labels == "dfc" else "dfc"
@@ -527,17 +541,17 @@ class NoLDOSource(TileSource):
         bands=None,             # {sensor: names, or the size of a published subset}; None: all
         scheme=None,            # ClassScheme of the labels' values, its name or YAML file; None: as published
         labels=None,            # "dw" (of dw_train, dw_test) or "osm"; None: whichever is there, dw first
-        split=None,             # "train" or "test"; None: both
+        split=None,             # "train", "test", or "all" for both; None: the one that is there
         allow_resample=False,   # bring rasters that disagree to one grid, instead of leaving them out
         coding="uint8",         # "uint8": coded images, "raw": float32 in the sensor's units
     ):
-        if split not in (None, "train", "test"): raise ConfigError(f"split={split!r}: choose 'train' or 'test'")
         if labels not in (None, *NOLDO_CODES): raise ConfigError(f"labels={labels!r}: choose 'dw' or 'osm'")
         found = find_folder(Tree(root), lambda t: bool(_noldo_trees(t)), 3)
         if len(found) != 1: raise DataError(f"{root}: {f'several places, {found[0]} and {found[1]}; give one' if found else f'no tiles; looked for {self.layout}'}")
         tree, there, scheme = found[0], _noldo_trees(found[0]), None if scheme is None else load_scheme(scheme)
         labels = labels or there[0].partition("_")[0]
-        chosen = [name for name in there if name in ([f"{labels}_{split}"] if split else [f"{labels}_train", f"{labels}_test"])]
+        splits = chosen_splits(split, {name.partition("_")[2] for name in there if name.startswith(f"{labels}_")}, ("train", "test"), tree)
+        chosen = [name for name in there if name in [f"{labels}_{split}" for split in splits]]
         files = _list_tiles(tree, [f"{t}/{f}" for t in chosen for f in ("image_s1", "image_s2", f"label_{labels}")], lambda path: _noldo_tile(tree, path))
         if not files: raise DataError(f"{tree}: no tile of {labels}_{split or 'train, ' + labels + '_test'}; it has {', '.join(there)}")
         published = _is_published(scheme, NOLDO_SCHEMES[labels])

@@ -105,7 +105,7 @@ def dfc2020(folder, split, number, size=SIZE, seed=0, renamed=False, kinds=("s1"
 def write_dfc2020(folder):
     dfc2020(folder, "validation", 2)
     dfc2020(folder, "test", 10, seed=1)
-    return folder, {}
+    return folder, {"split": "all"}
 
 
 def noldo(folder, tree, place, size=SIZE, seed=0):
@@ -119,7 +119,7 @@ def noldo(folder, tree, place, size=SIZE, seed=0):
 
 def write_noldo_trees(folder):
     for tree in ("dw_train", "dw_test"): noldo(folder, tree, TILES[0])
-    return folder, {}
+    return folder, {"split": "all"}
 
 
 def write_noldo_zip(folder):
@@ -128,4 +128,4 @@ def write_noldo_zip(folder):
     for path in sorted((folder / "x").rglob("*"), reverse=True): path.unlink() if path.is_file() else path.rmdir()
     (folder / "x").rmdir()
     (folder / "README.md").write_text("OpenStreetMap tiles")
-    return folder / "ssl4eo_s12_osm.zip", {}
+    return folder / "ssl4eo_s12_osm.zip", {"split": "all"}

@@ -265,7 +265,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, scenes,
 def test_too_little_shared_memory_is_said_at_the_start(tmp_path, scenes, monkeypatch):                          # fault 29
     with disk(tmp_path / "shm", "1m") as small:
         real = module._check_shared_memory
-        monkeypatch.setattr(module, "_check_shared_memory", lambda data, config: real(data, config, small))
+        monkeypatch.setattr(module, "_check_shared_memory", lambda data, config, **more: real(data, config, folder=small, **more))
         with pytest.raises(ConfigError, match=r"num_workers=2: the batches that they hold ready need [\d,]+ MB of .*, which has 1 MB free"):
             pretrain(tiny(tmp_path, num_workers=2, batch_size=16), scenes)
     assert not (tmp_path / "runs").exists()

@@ -252,6 +252,22 @@ def test_prepare_is_silent_when_quick(plain, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("patch", [None, 16])
+def test_probabilities_are_cut_and_left_out_with_their_season(tmp_path, patch):
+    class Told(Memory):
+        def read(self, key):
+            place = super().read(key)
+            place.probabilities = [np.random.default_rng(s).integers(0, 256, (9, self.size, self.size), np.uint8) for s in range(3)]
+            return place
+    store = prepare(Told(2, missing=[("m1", "s1", 0)]), tmp_path / "store", patch=patch, progress=False)
+    i, told = store.keys.index("m1@0,8" if patch else "m1"), np.random.default_rng(1).integers(0, 256, (9, 24, 24), np.uint8)
+    assert store.seasons(i) == ("y", "z") and np.array_equal(store.read_probabilities(i, 0), told[:, :16, 8:] if patch else told)
+
+
+def test_a_store_inside_its_data_is_refused(plain):
+    with pytest.raises(ConfigError, match="lies in the data's own folder .*choose a folder outside"): prepare(plain, plain / "store", progress=False)
+
+
 # -- odd paths (fault 39) ---------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["with some spaces", "größe-世界", "a" * 120 + "/" + "b" * 120, "100% (#1) [x]"])

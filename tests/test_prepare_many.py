@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +194,7 @@ def test_errors_of_workers_are_those_of_the_source(tmp_path):
 
 def test_scheduler_by_its_address(whole, tmp_path):
     from distributed import LocalCluster
-    with LocalCluster(1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
         store = prepare(Slow(), tmp_path / "store", shard_size=4, progress=False, scheduler=cluster.scheduler_address)
     assert contents(store.folder) == whole[1]
 
@@ -239,5 +241,31 @@ def test_progress_counts_what_was_finished_before(tmp_path, monkeypatch, capsys,
     done = 4 * finished(tmp_path / "store")
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
     with pytest.warns(UserWarning, match="taken over"): prepare(Slow(), tmp_path / "store", shard_size=4)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"{done} of 40 locations") and lines[-1] == "40 of 40 locations, 00:00 left"
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == f"in memory: 40 locations in 10 shards, in this process; {done // 4} shards are finished and kept as they were read (restart=True, --restart, reads all again)"
+    left = 40 - done - 1                                            # locations a clock tick of 6 s each, from what was read since
+    assert lines[0] == f"{done + 1} of 40 locations, {6 * left // 60:02}:{6 * left % 60:02} left" and lines[-1] == "40 of 40 locations, 00:00 left"
+
+
+def test_workers_tell_of_each_location(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module.Progress, "__init__", partialmethod(module.Progress.__init__, every=0.0))
+    prepare(Slow(24, pause=0.1), tmp_path / "store", shard_size=12, workers=2)
+    first, *lines = capsys.readouterr().err.splitlines()
+    done = [int(line.split()[0]) for line in lines]
+    assert first.endswith("24 locations in 2 shards, by 2 processes") and done == sorted(done) and done[-1] == 24 and len(done) > 12, lines
+
+
+def test_two_preparations_share_a_scheduler(whole, tmp_path):
+    from distributed import LocalCluster
+    with LocalCluster(2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster, ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(prepare, Slow(pause=0.03), tmp_path / name, shard_size=4, progress=False, scheduler=cluster.scheduler_address) for name in ("one", "two")]
+        for job in both: assert contents(job.result().folder) == whole[1]
+
+
+def test_what_is_kept_is_said(tmp_path, capsys):
+    class Stopped(Memory):
+        def read(self, key):
+            if key == "m9": raise KeyboardInterrupt
+            return super().read(key)
+    with pytest.raises(KeyboardInterrupt): prepare(Stopped(10), tmp_path / "store", shard_size=4)
+    assert capsys.readouterr().err.splitlines()[-1] == f"2 of 3 shards are finished and kept in {tmp_path / 'store.partial'}; the same call goes on with the others"

@@ -220,14 +220,14 @@ def test_an_existing_target_is_never_overwritten(three, tmp_path):
     with pytest.raises(StoreError, match="exists already"): write(store.folder, [place("z")])
     assert before == {p.name: p.read_bytes() for p in store.folder.iterdir()}
     (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="exists already"): write(tmp_path / "file", [place("z")])
     (tmp_path / "empty").mkdir()
-    for name in ("file", "empty"):
-        with pytest.raises(StoreError, match="exists already"): write(tmp_path / name, [place("z")])
+    assert write(tmp_path / "empty", [place("z")]).keys == ["z"]     # an empty folder is as good as none
     def stream():                                                 # it appears while we write
         yield place("a")
-        (tmp_path / "late").mkdir()
+        (tmp_path / "late/mine").mkdir(parents=True)
     with pytest.raises(StoreError, match="exists already"): write(tmp_path / "late", stream())
-    assert os.listdir(tmp_path / "late") == [] and not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.lock"))
+    assert os.listdir(tmp_path / "late") == ["mine"] and not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.lock"))
 
 
 def test_a_disk_that_refuses_is_a_store_error(tmp_path):
@@ -589,3 +589,27 @@ def test_a_store_of_an_earlier_release_has_none(tmp_path):
     manifest["id"] = store_module._identity(manifest)
     path.write_text(json.dumps(manifest))
     assert not Store.open(store.folder).has_probabilities and Store.open(store.folder).verify().ok
+
+
+def test_write_store_leaves_a_preparation_alone(tmp_path):
+    build = store_module.Build(tmp_path / "s", TWO, DW)
+    with pytest.raises(KeyboardInterrupt), build.open({"what": "two"}):
+        build.write(0, [place("a")])
+        raise KeyboardInterrupt
+    with pytest.raises(StoreError, match="holds the finished shards of a preparation"): write(tmp_path / "s", [place("z")])
+    with build.open({"what": "two"}):
+        assert build.finished() == [0]
+        build.write(1, [place("b")])
+        assert build.publish().keys == ["a", "b"]
+
+
+def test_a_late_worker_cannot_write_into_the_next_attempt(tmp_path):
+    build = store_module.Build(tmp_path / "s", TWO, DW)
+    with pytest.raises(KeyboardInterrupt), build.open({"what": "old"}):
+        late = pickle.loads(pickle.dumps(build))
+        raise KeyboardInterrupt
+    with build.open({"what": "new"}):
+        with pytest.raises(StoreError, match="the preparation that asked for this shard has ended"): late.write(0, [place("a")])
+        assert build.finished() == []
+        build.write(0, [place("b")])
+        assert build.publish().keys == ["b"]

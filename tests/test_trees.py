@@ -77,6 +77,15 @@ def test_layouts_are_told_apart(tmp_path):
     for kind in ("dfc2020", "noldo-trees", "ssl4eo-s12"): refused(lambda: open_source(tmp_path / "empty", kind=kind), "empty")
 
 
+def test_a_test_set_must_not_slip_into_training(tmp_path):
+    for write, first in ((write_dfc2020, "validation"), (write_noldo_trees, "train"), (write_noldo_zip, "train")):
+        path, _ = write(tmp_path / write.__name__)
+        refused(lambda: open_source(path), f"split={first!r}", f"--options '{{split: {first}}}'", "'all'")
+        one, both = open_source(path, split=first).keys(), open_source(path, split="all").keys()
+        assert one and set(one) < set(both) and all(key.startswith(first) for key in one)
+        with pytest.raises(ConfigError, match="choose"): open_source(path, split="dev")
+
+
 # -- SSL4EO-S12 -------------------------------------------------------------------------------------------------------------------------------------
 
 def test_pairing_is_one_to_one_by_time():
@@ -254,7 +263,7 @@ def test_dfc2020_reads_what_was_written(tmp_path, renamed):
     values = dfc2020(tmp_path / "d", "validation", 7, renamed=renamed)
     dfc2020(tmp_path / "d", "validation", 10, seed=1, renamed=renamed)
     dfc2020(tmp_path / "d", "test", 2, renamed=renamed, kinds=("s1", "s2", "dfc"))
-    source = open_source(tmp_path / "d")
+    source = open_source(tmp_path / "d", split="all")
     assert source.kind == "dfc2020" and source.keys() == ["validation_0_p7", "validation_0_p10", "test_0_p2"] and source.scheme.name == "dfc2020"
     place = source.read("validation_0_p7")
     assert place.seasons == ("0",) and np.array_equal(place.images["s2"][0], coded(values["s2"], "s2")) and np.array_equal(place.images["s1"][0], coded(values["s1"], "s1"))
@@ -262,13 +271,13 @@ def test_dfc2020_reads_what_was_written(tmp_path, renamed):
     assert np.array_equal(place.labels[0], dfc) and np.array_equal(place.reference[0], lc) and source.read("test_0_p2").reference is None
     noisy = open_source(tmp_path / "d", labels="lc", split="validation")
     assert len(noisy.keys()) == 2 and np.array_equal(noisy.read("validation_0_p7").labels[0], lc) and np.array_equal(noisy.read("validation_0_p7").reference[0], dfc)
-    skipped(lambda: open_source(tmp_path / "d", labels="lc").read("test_0_p2"), "no label")
+    skipped(lambda: open_source(tmp_path / "d", labels="lc", split="all").read("test_0_p2"), "no label")
     assert open_source(tmp_path / "d", split="test").keys() == ["test_0_p2"]
-    assert np.array_equal(open_source(tmp_path / "d", bands={"s2": 3}).read("test_0_p2").images["s2"][0], coded(values["s2"], "s2")[[3, 2, 1]])
+    assert np.array_equal(open_source(tmp_path / "d", bands={"s2": 3}, split="all").read("test_0_p2").images["s2"][0], coded(values["s2"], "s2")[[3, 2, 1]])
     zip_folder(tmp_path, tmp_path / "dfc.zip")
-    assert np.array_equal(open_source(tmp_path / "dfc.zip").read("validation_0_p7").labels[0], dfc)
+    assert np.array_equal(open_source(tmp_path / "dfc.zip", split="all").read("validation_0_p7").labels[0], dfc)
     shutil.rmtree(tmp_path / "d"); dfc2020(tmp_path / "d", "validation", 1, renamed=renamed, kinds=("s1", "s2", "lc"))
-    assert np.array_equal(open_source(tmp_path / "d").read("validation_0_p1").labels[0], lc)
+    assert np.array_equal(open_source(tmp_path / "d", split="all").read("validation_0_p1").labels[0], lc)
 
 
 def test_dfc2020_own_classes(tmp_path):
@@ -324,7 +333,7 @@ def test_noldo_reads_what_was_written(tmp_path):
     root = tmp_path / "data_s12"
     train, test = noldo(root, "dw_train", TILES[0], 24), noldo(root, "dw_test", TILES[1], 26, 1)
     noldo(root, "osm_train", TILES[1], 24, 2)
-    source = open_source(root)
+    source = open_source(root, split="all")
     keys = ["test_12.5_-3.25", "train_-0.0520777954_32.9493499204"]
     assert source.kind == "noldo-trees" and source.keys() == keys and source.scheme == DYNAMIC_WORLD
     for key, values, date in zip(keys, (test, train), ("20200107", "20190816")):
@@ -338,7 +347,7 @@ def test_noldo_reads_what_was_written(tmp_path):
         with pytest.raises(ConfigError): open_source(root, **options)
     refused(lambda: open_source(root, labels="osm", split="test"), "osm_test", "osm_train")
     zip_folder(tmp_path, tmp_path / "all.zip")
-    zipped = open_source(tmp_path / "all.zip")
+    zipped = open_source(tmp_path / "all.zip", split="all")
     assert zipped.keys() == keys and np.array_equal(zipped.read(keys[0]).images["s2"][0], coded(test["s2"], "s2"))
     shutil.copytree(root, tmp_path / "other")
     refused(lambda: NoLDOSource(tmp_path), "several")
@@ -402,12 +411,12 @@ def test_noldo_faults(tmp_path):                          # faults 11 to 14, 16 
 
 def test_a_damaged_zip_leaves_the_tile_out(tmp_path):     # fault 25
     path, _ = write_noldo_zip(tmp_path / "z")
-    keys = open_source(path).keys()
+    keys = open_source(path, split="all").keys()
     with zipfile.ZipFile(path) as file: info = next(i for i in file.infolist() if "osm_train/image_s2" in i.filename)
     data = bytearray(path.read_bytes())
     data[info.header_offset + 200] ^= 1
     path.write_bytes(data)
-    source = open_source(path)
+    source = open_source(path, split="all")
     train = next(k for k in keys if k.startswith("train"))
     skipped(lambda: source.read(train), "bad raster")
     assert source.keys() == keys and source.read(next(k for k in keys if k.startswith("test")))
