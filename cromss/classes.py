@@ -159,7 +159,7 @@ def _refuse_values(scheme, wrong, total, where):
     listed = ", ".join(f"{v} ({n} px)" for v, n in list(zip(values.tolist(), counts.tolist()))[:8]) + (", ..." if len(values) > 8 else "")
     known = sorted(scheme.remap) or list(range(scheme.num_classes))
     raise DataError(f"{where}: {wrong.size} of {total} labels are no class of {scheme.name}: {listed}; it knows {known} and {IGNORE}. "
-                    "Choose the scheme that fits, or map these values to a class or to 255 by `remap`")
+                    "Choose the scheme that fits, or map these values to a class or to 255 by `remap`, which then lists every value of the files")
 
 # %% ../nbs/02_classes.ipynb #cd79e6be
 LIGHT_GREY = "#E6E6E6"   # what is not labelled

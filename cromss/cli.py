@@ -180,15 +180,15 @@ def _pretrain(tokens):
 def _prepare(tokens):
     parser = _parser("prepare", "SOURCE FOLDER [options]", "Turn a source of images and labels into a pretraining store. Stopped, the same command goes on with what is missing.", _kinds())
     parser.add_argument("source", type=str, help="folder, file or URL of the data, in one of the formats below")
-    parser.add_argument("folder", type=str, help="folder of the store to make; must not exist")
+    parser.add_argument("folder", type=str, help="folder of the store to make, new or empty; unfinished, it is FOLDER.partial")
     parser.add_argument("--kind", type=str | None, default=None, help="kind of source; null: recognised by its files")
-    parser.add_argument("--options", type=dict | None, default=None, help="options of that kind that are not listed here, such as '{split: val, labels: dw}'")
+    parser.add_argument("--options", type=dict | None, default=None, help="options of that kind that are not listed here, such as '{split: train}'; below is what each kind knows")
     parser.add_argument("--sensors", type=tuple[str, ...] | None, default=None, help="sensors to take, such as s1,s2,dem; null: those of the source")
     parser.add_argument("--bands", type=dict | None, default=None, help="bands of a sensor, by name or the size of a published subset, such as '{s2: 9}'; null: all")
     parser.add_argument("--labels", type=str | None, default=None, help="folder or archive of the labels, where they are not inside SOURCE (SSL4EO-S12), or which of the labels to take")
     parser.add_argument("--classes", type=str | None, default=None, help="class scheme of the labels, by name or YAML file; null: the source's own")
     parser.add_argument("--level", type=str | None, default=None, help="of Sentinel-2 without a LEVEL tag: L1C or L2A; null: L1C")
-    parser.add_argument("--patch", type=int | None, default=None, help="side of the windows that larger locations are cut into, px; null: kept whole")
+    parser.add_argument("--patch", type=int | None, default=None, help="side of the windows that larger locations are cut into, px, the last of a row moved inward to fit; null: kept whole")
     parser.add_argument("--grid", type=str | None, default=None, help='SSL4EO-S12 tree: "array" stacks as published, "geo" resamples by georeferencing')
     parser.add_argument("--seasons_required", type=int, default=1, help="locations with fewer complete seasons are left out")
     parser.add_argument("--allow_resample", action="store_true", help="resample sensors and labels that lie on different grids, instead of refusing them")
@@ -201,16 +201,30 @@ def _prepare(tokens):
     from cromss.classes import load_scheme
     from cromss.prepare import prepare
     if classes := given.pop("classes", None): given["scheme"] = load_scheme(classes)
-    given |= given.pop("options", None) or {}
-    store = prepare(given.pop("source"), given.pop("folder"), **given)
+    more = given.pop("options", None) or {}
+    if twice := sorted(set(more) & set(given)): raise ConfigError(f"{', '.join(twice)}: given by --{twice[0]} and by --options; leave out one")
+    store = prepare(given.pop("source"), given.pop("folder"), **given, **more)
     print(f"{store.folder}: {len(store):,} locations, {store.season_count} seasons, {', '.join(f'{n} ({s.num_bands} bands)' for n, s in store.sensors.items())}")
-    report = store.manifest.get("info", {}).get("report", {})
-    if counts := report.get("counts"):
-        masked = ", ".join(f"{s} {share:.1%}" for s, share in counts["masked_share"].items())
-        print(f"unlabelled pixels: {counts['unlabelled_share']:.1%}; without a usable value: {masked}")
-    for what, title in (("dropped", "locations"), ("dropped_seasons", "seasons")):
-        for reason, keys in report.get(what, {}).items(): print(f"{title} left out, {reason}: {len(keys):,} ({_few(keys)})")
+    print(f"read as: {store.source}")
+    for line in _findings(store.manifest.get("info", {}).get("report", {})): print(line)
     return 0
+
+def _findings(report):
+    "What a report says that somebody should look at, line by line."
+    if counts := report.get("counts"):
+        yield f"unlabelled pixels: {counts['unlabelled_share']:.1%}; without a usable value: {_shares(counts['masked_share'])}"
+    if shares := report.get("class_shares"): yield f"classes: {_shares(dict(sorted(shares.items(), key=lambda s: -s[1])))}"
+    clipped = {f"{sensor} {band}": share for sensor, bands in report.get("clipped", {}).items() for band, share in bands.items() if share > 0.05}
+    if clipped: yield f"values at or beyond mean ± 2 std: {_shares(clipped)}"
+    for name, offset in report.get("grid_offsets", {}).items():
+        if max(map(abs, offset["median"])) > 0.5: yield f"grid of {name}: {offset['median'][0]:.1f} px east and {offset['median'][1]:.1f} px south of the others (median)"
+    if days := report.get("days_between_sensors"): yield f"days between the sensors: {days['median']:.1f} (median), {days['largest']:.1f} at most"
+    if found := report.get("reference"): yield f"labels that agree with the reference: {found['agreement']:.1%}"
+    for what, title in (("dropped", "locations"), ("dropped_seasons", "seasons")):
+        for reason, keys in report.get(what, {}).items():
+            yield f"{title} left out, {reason}: {len(keys):,} ({_few(keys)})" + "".join(f"; {detail}" for detail in report.get("details", {}).get(reason, [])[:1])
+
+def _shares(shares): return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 def _kinds():
     "The formats that can be read, for the end of the help."
@@ -326,6 +340,7 @@ def main(
     argv=None,   # command line tokens; None: those of this process
 ):               # exit code: 0, 1 for a damaged store, 2 for a mistake, 75 for a run that was stopped and can go on, 130 after Ctrl-C
     "The `cromss` command."
+    warnings.formatwarning = lambda message, *_, **__: f"cromss: {message}\n"      # one line, without the source's own
     try: return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except CromssError as e:
         common = isinstance(e, ConfigError) or hasattr(e, "exit_code")        # of several processes, all come to it: one says so

@@ -57,7 +57,7 @@ DOWNLOADS = {
         {**{part: f"{{split}}/{part}/ssl4eos12_{{split}}_seasonal_data_{{shard}}.zarr.zip" for part in ("S1GRD", "S2L1C", "S2L2A", "S2RGB")}, "splits": "splits/*.txt"},
         "CC-BY-4.0", _V11, splits=("train", "val")),
     "ssl4eo-s12-v1.1-tar": HubData(
-        "the same places, as tar files of 512 places for WebDataset", "embed2scale/SSL4EO-S12-v1.1",
+        "the same places, as tar files of 512 places for WebDataset; no source reads these yet", "embed2scale/SSL4EO-S12-v1.1",
         {**{part: f"{{split}}/{part}/ssl4eos12_shard_{{shard}}.tar" for part in ("S1GRD", "S2L1C", "S2L2A", "S2RGB", "NDVI", "LULC", "DEM")}, "metadata": "*_metadata.parquet"},
         "CC-BY-4.0", _V11, splits=("train", "val")),
 }

@@ -29,7 +29,7 @@ from .classes import IGNORE
 from .config import ConfigError, DataError, StoreError, check_names
 from .scenes import ScenesSource
 from .sensors import decode, encode
-from .sources import FileSource, Reading, SkipLocation, open_source
+from .sources import FileSource, RasterSource, Reading, SkipLocation, open_source
 from .store import Build, Location
 
 # %% ../nbs/06_prepare.ipynb #4b875d83
@@ -454,7 +454,7 @@ def prepare(
         if value is not None and (type(value) is not int or value < least): raise ConfigError(f"{name}={value!r}: must be a whole number, {least} or more")
     source = _as_source(source, coding, options)
     task = Task(source, Build(folder, source.sensors, source.scheme, coding), patch, seasons_required)
-    if isinstance(source.root, Path) and source.root.is_dir() and task.build.folder.is_relative_to(source.root.resolve()):
+    if isinstance(source, RasterSource) and isinstance(source.root, Path) and source.root.is_dir() and task.build.folder.is_relative_to(source.root.resolve()):
         raise ConfigError(f"{task.build.folder}: lies in the data's own folder {source.root}, and would be taken for data; choose a folder outside")
     keys = list(source.keys())
     if twice := len(keys) - len(set(keys)): raise DataError(f"{source.root}: {twice} locations have the name of another; names must be unique")

@@ -913,14 +913,14 @@ def notebook_parameters(
 def estimate(
     config,   # PretrainConfig
 ):
-    "Locations, steps, parameters, memory and time of a run on this machine, {name: value}. Writes nothing."
+    "Crops of an epoch (locations, where nothing is prepared yet), steps, parameters, memory and time of a run on this machine, {name: value}. Writes nothing."
     locations, classes, bands = _count_data(config)
     model = make_model(config, bands, classes)
     _check_crop(config, model)
     parameters = sum(p.numel() for p in model.parameters())
     kept, seconds = _try_step(model, bands, classes, config)
     steps = max(config.min_steps, locations // config.batch_size) * config.epochs
-    return {"locations": locations, "steps_per_epoch": steps // config.epochs, "steps": steps, "parameters": parameters,
+    return {"crops_per_epoch": locations, "steps_per_epoch": steps // config.epochs, "steps": steps, "parameters": parameters,
             "memory_gb": round((kept * config.batch_size + 16 * parameters) / 1e9, 2), "seconds_per_step": round(seconds, 3),
             "time": clock(steps * seconds), "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -928,7 +928,7 @@ def _count_data(config):
     "Training samples in an epoch, classes, and bands of every sensor."
     path = resolve(config.data)
     if (path / "manifest.json").is_file():
-        store = Store.open(path)
+        store = _check_store(Store.open(path), config)
         data = PatchDataModule(config, store)
         return len(data.train), store.scheme.num_classes, {s: len(b) for s, b in data.bands.items()}
     source = data_source(config)

@@ -416,6 +416,7 @@ class RasterSource(FileSource):
         coding="uint8",          # "uint8": coded images, "raw": float32 in the sensor's units
         settings=None,           # fields as dataset.yaml has them
     ):
+        if type(allow_resample) is not bool: raise ConfigError(f"allow_resample={allow_resample!r}: choose true or false")
         self.root, self.coding, self.allow_resample, self.settings = root, check_coding(coding), allow_resample, settings or {}
         self.level = level or self.settings.get("level")
         if self.level not in (None, *S2_LEVELS): raise ConfigError(f"level={self.level!r}: choose 'L1C' or 'L2A'")
@@ -482,9 +483,13 @@ def _full_sensor(source, name, tags, path):
 
 def _find_sensor(source, name, choice):
     "The Sensor as this source gives it: bands from its first readable file, or the chosen ones."
-    for path in (files[name] for key in source.keys() for files in source.files(key).values() if name in files):
+    seen, failed = set(), None
+    for key, files in ((key, files) for key in source.keys() for files in source.files(key).values()):
+        seen |= files.keys()
+        if name not in files: continue
+        path = files[name]
         try: raster = source.raster(path, no_bands)
-        except SkipLocation: continue
+        except SkipLocation as e: failed = failed or e; continue
         full = _full_sensor(source, name, raster.tags, path)
         bands = file_bands(raster.names, full, path)
         source._first[name] = str(path)
@@ -492,7 +497,8 @@ def _find_sensor(source, name, choice):
         unknown = [b for b in bands if b not in full.bands]
         if unknown: raise DataError(f"{path}: {name} {full.level} has no band {', '.join(unknown)}; known are {', '.join(full.bands)}; or choose with bands=")
         return full.select([b for b in full.bands if b in bands])
-    raise DataError(f"{source.root}: no readable {name} raster in any season of any location")
+    why = f"the first that was tried: {failed.detail}" if failed else f"there are {', '.join(sorted(seen)) or 'no rasters'}"
+    raise DataError(f"{source.root}: no readable {name} raster in any season of any location; {why}")
 
 # %% ../nbs/04_sources.ipynb #2093209a
 def _image(source, name, path, grid):
@@ -518,7 +524,7 @@ def _align(source, values, grid, target):
     problem = misfit(grid, target)
     if problem is None: return values
     if source.allow_resample: return resample(values, grid, target)
-    raise DataError(f"{grid.path}: {problem} (compared with {target.path}); bring it to that grid, or pass allow_resample=True")
+    raise DataError(f"{grid.path}: {problem} (compared with {target.path}); bring it to that grid, or pass allow_resample=True (--allow-resample)")
 
 # %% ../nbs/04_sources.ipynb #86c06510
 def _season(source, where, name, files, grid):
@@ -621,22 +627,30 @@ def open_source(
     "The source that reads this data set. Raises DataError if it is none, saying what was looked for."
     sources, root = known_sources(), _place(path)
     if kind is not None: check_names([kind], sources, "kind of source")
-    if isinstance(root, Path) and (root / "manifest.json").is_file(): raise DataError(f"{root}: this is a prepared store already; open it with Store.open")
+    if isinstance(root, Path) and (root / "manifest.json").is_file(): raise DataError(f"{root}: this is a prepared store already; train on it by `cromss pretrain --data`, or open it with Store.open")
     found = kind or ("pattern" if options.get("pattern") else None) or recognise(path)
     seen = re.sub(r"(://)[^/]*@|[?].*", r"\1", root) if isinstance(root, str) else root      # without password and signature
     if found is None: raise DataError(f"{seen}: {_not_recognised(root)}")
     source = sources[found]
     known = list(inspect.signature(source).parameters)[1:]
     options = {k: v for k, v in options.items() if v is not None}
-    if "grid" not in known: options.pop("grid", None)        # every run's configuration has it; most formats have but one grid
+    if "grid" not in known and options.get("grid") == "array": options.pop("grid")        # every run's configuration has it; most formats have but one grid
     check_names(options, known, f"option of a {found} source:")
     return source(root, **options)
 
 def _not_recognised(root):
     "What was looked for, and a hint if a folder nearby would do."
-    text = f"no data set was recognised; looked for {'; '.join(source.layout for source in known_sources().values())}"
-    if isinstance(root, str) or not root.is_dir(): return text
-    if any(root.glob("s[12].tif")) or any(root.glob("*/s[12].tif")): return f"{text}; give the folder that holds the locations, above this one"
+    return f"no data set was recognised{_hint(root)}; looked for {'; '.join(source.layout for source in known_sources().values())}"
+
+def _hint(root):
+    "What might have been meant, in words; empty if nothing comes to mind."
+    if isinstance(root, str) or not root.is_dir(): return ""
+    if root.name.endswith(".partial"): return "; it is what an unfinished `cromss prepare` left: the same command goes on with it"
+    if any(root.glob("s[12].tif")): return "; give the folder that holds the locations, two above this one"
+    if any(root.glob("*/s[12].tif")):
+        return '; if these are seasons of one location, give the folder above this one; if they are locations without seasons, say pattern="{location}/{sensor}.tif" (--options)'
     inner = [(name, recognise(root / name)) for name in subfolders(root)[:100]]
-    found = ", ".join(f"{name} ({kind})" for name, kind in inner if kind)
-    return f"{text}; these folders in it are: {found}" if found else text
+    if found := ", ".join(f"{name} ({kind})" for name, kind in inner if kind): return f"; these folders in it are: {found}"
+    if kind := recognise(root.parent): return f"; the folder above this one is: {kind}"
+    if any(root.glob("*.tif*")) or any(root.glob("*/*.tif*")): return '; rasters named in another way are read by a pattern, such as pattern="{sensor}/{location}_{season}.tif" (--options), or by a table'
+    return ""

@@ -190,7 +190,9 @@ class SSL4EOSource(FileSource):
         root,   # Path of a folder or file, or a URL, str
     ):
         "Whether a folder holds one of the tree's folders of images."
-        return isinstance(root, Path) and any((root / folder).is_dir() for options in SSL4EO_FOLDERS.values() for folder, _ in options)
+        if isinstance(root, str): return False
+        there = [folder for options in SSL4EO_FOLDERS.values() for folder, _ in options if (root / folder).is_dir()]
+        return bool(there) and (there != ["s1"] or any(name.isdigit() for name in subfolders(root / "s1")[:100]))      # a folder s1/ alone may be anyone's
 
     def keys(self):
         "Ids of all locations that have any sensor or labels, or those of the list, sorted; those that lack some are skipped when they are read."

@@ -153,8 +153,10 @@ def test_dry_run_and_run(capsys, monkeypatch):
 def test_prepare_passes_what_was_given(capsys, monkeypatch, tmp_path):
     seen = {}
     class Store:
-        folder, season_count, sensors = tmp_path, 4, {"s1": types.SimpleNamespace(num_bands=2)}
-        manifest = {"info": {"report": {"dropped": {"missing sensor": ["a", "b", "c", "d"]}, "dropped_seasons": {"no label": ["e 2020"]}}}}
+        folder, source, season_count, sensors = tmp_path, "plain layout", 4, {"s1": types.SimpleNamespace(num_bands=2)}
+        manifest = {"info": {"report": {"dropped": {"missing sensor": ["a", "b", "c", "d"]}, "dropped_seasons": {"no label": ["e 2020"]}, "details": {"no label": ["e/2020: no label.tif"]},
+                                        "class_shares": {"water": 0.2, "trees": 0.8}, "clipped": {"s2": {"B1": 0.0951, "B2": 0.01}}, "grid_offsets": {"s1": {"median": [-4, -3], "largest": 4}},
+                                        "days_between_sensors": {"median": 2, "largest": 11.3}, "reference": {"agreement": 0.695}}}}
         def __len__(self): return 1234
     def prepare(source, folder, **options):
         seen.update(source=source, folder=folder, **options)
@@ -162,7 +164,9 @@ def test_prepare_passes_what_was_given(capsys, monkeypatch, tmp_path):
     fake(monkeypatch, "cromss.prepare", prepare=prepare)
     code, out, _ = run(capsys, "prepare", "data", "out dir", "--allow-resample", "--patch", 64, "--sensors", "s1,dem")
     assert code == 0 and seen == dict(source="data", folder="out dir", allow_resample=True, patch=64, sensors=("s1", "dem"))
-    assert "1,234 locations, 4 seasons, s1 (2 bands)" in out and "locations left out, missing sensor: 4 (a, b, c, ...)" in out and "seasons left out, no label: 1 (e 2020)" in out
+    assert "1,234 locations, 4 seasons, s1 (2 bands)" in out and "locations left out, missing sensor: 4 (a, b, c, ...)" in out and "seasons left out, no label: 1 (e 2020); e/2020: no label.tif" in out
+    assert "read as: plain layout" in out and "classes: trees 80.0%, water 20.0%" in out and "mean ± 2 std: s2 B1 9.5%\n" in out
+    assert "grid of s1: -4.0 px east and -3.0 px south" in out and "2.0 (median), 11.3 at most" in out and "agree with the reference: 69.5%" in out
 
 
 def test_prepare_takes_options_of_any_kind(capsys, monkeypatch):
@@ -172,6 +176,22 @@ def test_prepare_takes_options_of_any_kind(capsys, monkeypatch):
     code, _, err = run(capsys, "prepare", "data", "out", "--options", "{split: val, labels: dw}", "--bands", "{s2: 9}", "--workers", 0, "--restart", "--scheduler", "tcp://a:1", "--shard-size", 8)
     assert code == 2 and err == "cromss: enough\n"
     assert seen == dict(split="val", labels="dw", bands={"s2": 9}, workers=0, restart=True, scheduler="tcp://a:1", shard_size=8)
+
+
+def test_prepare_refuses_an_option_that_is_given_twice(capsys):
+    assert run(capsys, "prepare", "data", "out", "--options", "{sensors: [s1]}", "--sensors", "s2") == (2, "", "cromss: sensors: given by --sensors and by --options; leave out one\n")
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    import warnings
+    def prepare(source, folder, **options):
+        warnings.warn("a.tif: seems shifted")
+        raise ConfigError("enough")
+    fake(monkeypatch, "cromss.prepare", prepare=prepare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *place, **more: print(warnings.formatwarning(message, *place), end="", file=sys.stderr))
+        assert run(capsys, "prepare", "data", "out")[2] == "cromss: a.tif: seems shifted\ncromss: enough\n"
 
 
 def test_prepare_lists_every_format(capsys):

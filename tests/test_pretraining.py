@@ -621,7 +621,7 @@ def test_estimate_refuses_what_the_run_would(scenes, folder):
 
 def test_estimate_writes_nothing(scenes, folder, plain, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder)
-    names = {"locations", "steps_per_epoch", "steps", "parameters", "memory_gb", "seconds_per_step", "time", "device"}
+    names = {"crops_per_epoch", "steps_per_epoch", "steps", "parameters", "memory_gb", "seconds_per_step", "time", "device"}
     for changes in (dict(data=str(scenes.folder)), dict(data="scenes"), dict(data=str(plain), sensors="s2", selection=False)):
         before = sorted(p for p in folder.rglob("*"))
         found = estimate(tiny(folder, **changes))
@@ -630,7 +630,7 @@ def test_estimate_writes_nothing(scenes, folder, plain, monkeypatch):  # noqa: F
     config = tiny(folder, data=str(scenes.folder))
     found = estimate(config)
     data = PatchDataModule(config, scenes)
-    assert found["locations"] == len(data.train) == 7 and found["steps_per_epoch"] == data.sampler().steps_per_epoch == 2
+    assert found["crops_per_epoch"] == len(data.train) == 7 and found["steps_per_epoch"] == data.sampler().steps_per_epoch == 2
     task = CromssTask(to_dict(config), {"s1": 2, "s2": 13}, 9)
     assert found["parameters"] == sum(p.numel() for p in task.parameters())
     refusal(lambda: estimate(tiny(folder, data="no/such")), ConfigError, "nothing at")

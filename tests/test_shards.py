@@ -553,13 +553,13 @@ def test_what_is_kept_of_many(tmp_path, monkeypatch):
 
 
 def test_recognised(tmp_path):
-    assert not ZarrShards.recognises(tmp_path) and not ZarrShards.recognises("https://a.org/train")
-    (tmp_path / "train/S2L1C").mkdir(parents=True)
-    assert not ZarrShards.recognises(tmp_path)
-    with pytest.raises(DataError, match="no data set was recognised.*SSL4EO-S12 v1.1"): open_source(tmp_path)
-    build(tmp_path)
-    assert ZarrShards.recognises(tmp_path)
-    with pytest.raises(DataError, match="these folders in it are: .*ssl4eo-s12-v1.1"): open_source(tmp_path.parent)
+    data = tmp_path / "set"
+    (data / "train/S2L1C").mkdir(parents=True)
+    assert not ZarrShards.recognises(data) and not ZarrShards.recognises("https://a.org/train")
+    with pytest.raises(DataError, match="no data set was recognised.*SSL4EO-S12 v1.1"): open_source(data)
+    build(data)
+    assert ZarrShards.recognises(data)
+    with pytest.raises(DataError, match=r"these folders in it are: set \(ssl4eo-s12-v1.1\)"): open_source(tmp_path)
 
 
 def test_coordinates_are_centres():

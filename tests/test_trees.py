@@ -341,10 +341,10 @@ def test_noldo_reads_what_was_written(tmp_path):
         assert place.seasons == (date,) and np.array_equal(place.images["s1"][0], coded(values["s1"], "s1")) and np.array_equal(place.images["s2"][0], coded(values["s2"], "s2"))
         assert np.array_equal(place.labels[0], EXPERT[values["dw"][0]]) and place.reference is None
     assert open_source(root, split="test").keys() == keys[:1]
-    osm = open_source(root, labels="osm")
+    osm = open_source(root, labels="osm", split="all")
     assert osm.keys() == ["train_12.5_-3.25"] and osm.scheme.name == "osm" and np.array_equal(osm.read("train_12.5_-3.25").labels[0], np.array([255, *range(13)])[classes(14)[0]])
     for options in ({"split": "validation"}, {"labels": "esa"}, {"sensors": "dem"}, {"bands": {"s3": 3}}):
-        with pytest.raises(ConfigError): open_source(root, **options)
+        with pytest.raises(ConfigError): open_source(root, **{"split": "all"} | options)
     refused(lambda: open_source(root, labels="osm", split="test"), "osm_test", "osm_train")
     zip_folder(tmp_path, tmp_path / "all.zip")
     zipped = open_source(tmp_path / "all.zip", split="all")
