@@ -54,7 +54,7 @@ test: setup  ## run the notebooks as tests, then pytest; the checkout is left as
 bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 10 minutes, on a machine with nothing else to do)
 	$(PY) bench/bench.py $(ARGS)
 
-fuzz: setup  ## read data sets of every format with 2,000 kinds of damage each (CASES=...; about an hour)
+fuzz: setup  ## read data sets of every format with 2,000 kinds of damage each (CASES=...; about 20 minutes)
 	OMP_NUM_THREADS=1 CROMSS_FUZZ=$(CASES) $(PY) -m pytest tests/test_fuzz.py -v -p no:cacheprovider
 
 index: setup  ## prepare a store of 250,000 locations with tiny values, and time opening it (about 10 minutes, 4 GB)
