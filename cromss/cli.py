@@ -211,13 +211,15 @@ def _prepare(tokens):
 
 def _findings(report):
     "What a report says that somebody should look at, line by line."
+    from cromss.sources import pixels_text
     if counts := report.get("counts"):
         yield f"unlabelled pixels: {counts['unlabelled_share']:.1%}; without a usable value: {_shares(counts['masked_share'])}"
     if shares := report.get("class_shares"): yield f"classes: {_shares(dict(sorted(shares.items(), key=lambda s: -s[1])))}"
     clipped = {f"{sensor} {band}": share for sensor, bands in report.get("clipped", {}).items() for band, share in bands.items() if share > 0.05}
     if clipped: yield f"values at or beyond mean ± 2 std: {_shares(clipped)}"
     for name, offset in report.get("grid_offsets", {}).items():
-        if max(map(abs, offset["median"])) > 0.5: yield f"grid of {name}: {offset['median'][0]:.1f} px east and {offset['median'][1]:.1f} px south of the others (median)"
+        east, south = offset["median"]
+        if max(abs(east), abs(south)) > 0.5: yield f"grid of {name}: {pixels_text(east, 'east', 'west')} and {pixels_text(south, 'south', 'north')} of the others (median)"
     if days := report.get("days_between_sensors"): yield f"days between the sensors: {days['median']:.1f} (median), {days['largest']:.1f} at most"
     if found := report.get("reference"): yield f"labels that agree with the reference: {found['agreement']:.1%}"
     for what, title in (("dropped", "locations"), ("dropped_seasons", "seasons")):

@@ -166,7 +166,7 @@ def test_prepare_passes_what_was_given(capsys, monkeypatch, tmp_path):
     assert code == 0 and seen == dict(source="data", folder="out dir", allow_resample=True, patch=64, sensors=("s1", "dem"))
     assert "1,234 locations, 4 seasons, s1 (2 bands)" in out and "locations left out, missing sensor: 4 (a, b, c, ...)" in out and "seasons left out, no label: 1 (e 2020); e/2020: no label.tif" in out
     assert "read as: plain layout" in out and "classes: trees 80.0%, water 20.0%" in out and "mean ± 2 std: s2 B1 9.5%\n" in out
-    assert "grid of s1: -4.0 px east and -3.0 px south" in out and "2.0 (median), 11.3 at most" in out and "agree with the reference: 69.5%" in out
+    assert "grid of s1: 4.00 px west and 3.00 px north of the others" in out and "2.0 (median), 11.3 at most" in out and "agree with the reference: 69.5%" in out
 
 
 def test_prepare_takes_options_of_any_kind(capsys, monkeypatch):
