@@ -11,7 +11,7 @@ from cromss.config import (CONFIG_VERSION, PRESETS, ConfigError, PretrainConfig,
 PAPER = dict(
     preset="paper", sensors=("s1", "s2"), bands=None, classes=None, fusion="mid", architecture="unet", encoder="resnet50", encoder_depth=None, decoder_channels=None,
     norm="shared", epochs=200, batch_size=128, min_steps=1, learning_rate=5e-3, weight_decay=1e-8, schedule="plateau", patience=30, crop=256, rotation=True,
-    seasons_required=4, validation=0.01, loss="ce+dice", consistency="ce",
+    seasons_required=4, validation=0.01, validation_block_km=0, loss="ce+dice", consistency="ce",
     selection=SelectionConfig(confidence="entropy", ramp="exp", ramp_epochs=80, keep=0.5, method="exact", per_class=True),
     smoothing=SmoothingConfig(kind="ts", prior_weight=0.15, uniform_weight=0.05, sigma=3.0, truncate=4.0),
     seed=42, precision="16-mixed", accumulate=1, grid="array", resume=None)
@@ -126,7 +126,7 @@ WRONG = [
     *((n, v) for n in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes") for v in (0, -1, 2.5, "3", True)),
     *((n, v) for n in ("num_workers", "patience", "seed") for v in (-1, 0.5, "3", True)),
     *(("learning_rate", v) for v in (-1e-3, 11, float("nan"), float("inf"), "fast", True)), ("weight_decay", 2), ("weight_decay", "none"),
-    ("validation", 0.95), ("validation", -0.1), ("validation", "much"), ("loggers", "csv"), ("sensors", ()), ("sensors", " , "), ("sensors", "s1,s1"),
+    ("validation", 0.95), ("validation", -0.1), ("validation_block_km", -1), ("validation_block_km", 1e4), ("validation", "much"), ("loggers", "csv"), ("sensors", ()), ("sensors", " , "), ("sensors", "s1,s1"),
     ("selection", "yes"), ("selection", 3), ("smoothing", [1]),
 ]
 

@@ -337,7 +337,7 @@ def test_a_stream_that_does_not_end_is_cut(hub, tmp_path):
 
 
 def child(hub, folder):
-    code = f"import cromss.download as d; d.CHUNK = 1000; d.download('noldo-s12', {str(folder)!r}, 'labels', endpoint={hub.address!r}, timeout=20)"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport cromss.download as d; d.CHUNK = 1000; d.download('noldo-s12', {str(folder)!r}, 'labels', endpoint={hub.address!r}, timeout=20)"
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 

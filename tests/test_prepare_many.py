@@ -64,6 +64,7 @@ def whole(tmp_path_factory):
 def prepared(folder, source, workers):
     "What a process does that is going to be killed."
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a job in the background may have been told to ignore it
     prepare(source, folder, shard_size=4, progress=False, workers=workers)
 
 
