@@ -350,7 +350,7 @@ def _on_dask(task, shards, bar, workers, scheduler):
             number = futures[future]
             try: result = future.result()
             except KilledWorker:
-                keys = shards[number]
+                keys = shards[max(task.build.abandoned().items(), key=lambda left: left[1], default=(number, 0))[0]]      # Dask also blames what was waiting there
                 raise StoreError(f"{task.build.folder}: the process that prepared {keys[0]} to {keys[-1]} ended without a word, several times; is it short of memory? "
                                  "use fewer workers, or a smaller shard_size. Finished shards are kept, the same command goes on") from None
             except CancelledError as e:

@@ -21,7 +21,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -483,6 +483,10 @@ class Build:
         "Raise StoreError in a worker whose preparation has ended: another may be at work, with another plan."
         if self.ticket and _holder(self.folder.with_name(self.folder.name + ".lock")).get("ticket") != self.ticket:
             raise StoreError(f"{self.folder}: the preparation that asked for this shard has ended; start it again")
+
+    def abandoned(self):
+        "How often a process began to write a shard and did not end it, {number: count}, told by what it left."
+        return Counter(int(p.name.split("-")[1][:5]) for p in self.partial.glob(".shard-*.tmp"))
 
     def notes(self):
         "The notes of all finished shards, in order, one at a time."
