@@ -405,17 +405,17 @@ def _settings(source):
     given = {k: getattr(source, k, None) for k in inspect.signature(type(source)).parameters if k not in ("root", "sensors", "bands", "scheme", "settings")}
     return {k: str(v) for k, v in given.items() if isinstance(v, (bool, int, float, str, Path))} | {"dataset.yaml": getattr(source, "settings", None)}
 
-def _plan(task, keys, shard_size, options):
+def _plan(task, described, keys, shard_size, options):
     "What is asked for, as JSON has it: a restart goes on only with the same."
-    return {"source": task.source.describe(), "root": _shown(task.source.root), "sensors": {n: s.to_dict() for n, s in task.source.sensors.items()}, "settings": _settings(task.source), "locations": len(keys),
+    return {"source": described, "root": _shown(task.source.root), "sensors": {n: s.to_dict() for n, s in task.source.sensors.items()}, "settings": _settings(task.source), "locations": len(keys),
             "keys": hashlib.sha256("\0".join(keys).encode(errors="surrogateescape")).hexdigest(), "coding": task.build.coding, "patch": task.patch, "shard_size": shard_size,
             "seasons_required": task.seasons_required, "classes": task.build.scheme.to_dict(), "options": {k: str(v) for k, v in sorted(options.items())}}
 
-def _announcement(task, shards, finished, workers, scheduler):
+def _announcement(described, shards, finished, workers, scheduler):
     "What is going to be done, in one line."
     by = f"by the workers of {scheduler}" if scheduler else f"by {workers} processes" if workers else "in this process"
     kept = f"; {len(finished):,} shards are finished and kept as they were read (restart=True, --restart, reads all again)" if finished else ""
-    return f"{task.source.describe()}: {sum(map(len, shards.values())):,} locations in {len(shards):,} shards, {by}{kept}"
+    return f"{described}: {sum(map(len, shards.values())):,} locations in {len(shards):,} shards, {by}{kept}"
 
 @contextlib.contextmanager
 def _kept(task, shards, progress):
@@ -426,11 +426,11 @@ def _kept(task, shards, progress):
         if progress and done: print(f"{done:,} of {len(shards):,} shards are finished and kept in {task.build.partial}; the same call goes on with the others", file=sys.stderr)
         raise
 
-def _write_all(task, shards, progress, workers, scheduler):
+def _write_all(task, described, shards, progress, workers, scheduler):
     "Write the shards that are not finished. Raises DataError if none of many locations can be used."
     kept, tried, finished = 0, 0, set(task.build.finished())
     left = {n: keys for n, keys in shards.items() if n not in finished}
-    if progress and len(shards) > 1: print(_announcement(task, shards, finished, workers, scheduler), file=sys.stderr)
+    if progress and len(shards) > 1: print(_announcement(described, shards, finished, workers, scheduler), file=sys.stderr)
     with Progress(sum(map(len, shards.values())), progress, done=sum(len(keys) for n, keys in shards.items() if n in finished)) as bar:
         for number, count in _here(task, left, bar) if workers == 0 and not scheduler else _on_dask(task, left, bar, workers, scheduler):
             kept, tried = kept + count, tried + len(shards[number])
@@ -456,14 +456,14 @@ def prepare(
     task = Task(source, Build(folder, source.sensors, source.scheme, coding), patch, seasons_required)
     if isinstance(source, RasterSource) and isinstance(source.root, Path) and source.root.is_dir() and task.build.folder.is_relative_to(source.root.resolve()):
         raise ConfigError(f"{task.build.folder}: lies in the data's own folder {source.root}, and would be taken for data; choose a folder outside")
-    keys = list(source.keys())
+    keys, described = list(source.keys()), source.describe()      # once: either may list every folder
     if twice := len(keys) - len(set(keys)): raise DataError(f"{source.root}: {twice} locations have the name of another; names must be unique")
     shards = dict(enumerate(keys[at:at + shard_size] for at in range(0, len(keys), shard_size)))
     if workers is None: workers = 0 if len(keys) < SEVERAL else min(_cores(), len(shards))
-    with task.build.open(_plan(task, keys, shard_size, options), restart):
-        with _kept(task, shards, progress): _write_all(task, shards, progress, workers, scheduler)
+    with task.build.open(_plan(task, described, keys, shard_size, options), restart):
+        with _kept(task, shards, progress): _write_all(task, described, shards, progress, workers, scheduler)
         if lost := sorted(set(shards) - set(task.build.finished())):
             raise StoreError(f"{task.build.partial}: {len(lost)} of {len(shards)} shards are not there although they were written, such as number {lost[0]}; do all workers see this folder? The same command goes on")
         report = _report(task)
         if not report.kept: raise DataError(_nothing_left(source, len(keys), report))
-        return task.build.publish(source.describe(), {"report": report.to_dict()})
+        return task.build.publish(described, {"report": report.to_dict()})

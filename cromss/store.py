@@ -450,14 +450,19 @@ class Build:
 
     def finished(self):
         "Numbers of the finished shards, sorted."
-        return [int(p.stem) for p in sorted((self.partial / "parts").glob("[0-9]*.npz"), key=lambda p: int(p.stem)) if self._whole(p)]
+        return [number for number, _ in self._parts()]
+
+    def _parts(self):
+        "The finished shards in order, (number, part); each is read once."
+        for path in sorted((self.partial / "parts").glob("[0-9]*.npz"), key=lambda p: int(p.stem)):
+            if part := self._whole(path): yield int(path.stem), part
 
     def _whole(self, path):
-        "Whether a part can be read, and its shard has the size that it says."
-        try: entry = _read_part(path)["entry"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error): return False
-        shard = self.partial / entry["file"]
-        return entry["count"] == 0 or (shard.is_file() and shard.stat().st_size == entry["size"])
+        "A part that can be read and whose shard has the size that it says; else None."
+        try: part = _read_part(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error): return None
+        entry, shard = part["entry"], self.partial / part["entry"]["file"]
+        return part if entry["count"] == 0 or (shard.is_file() and shard.stat().st_size == entry["size"]) else None
 
     def write(self,
         number,      # of the shard, from 0
@@ -490,14 +495,14 @@ class Build:
 
     def notes(self):
         "The notes of all finished shards, in order, one at a time."
-        for number in self.finished(): yield _read_part(self._part(number))["note"]
+        for _, part in self._parts(): yield part["note"]
 
     def publish(self,
         source="",   # where the data come from, for people
         info=None,   # dict kept in the manifest
     ):
         "Write index and manifest, give the folder its final name, and open the store. Raises DataError if there is no location, or one is there twice."
-        parts = [part for part in map(_read_part, map(self._part, self.finished())) if part["entry"]["count"]]
+        parts = [part for _, part in self._parts() if part["entry"]["count"]]
         if not parts: raise DataError(f"{self.folder}: there is no location to write")
         columns, entries = _join([part["columns"] for part in parts]), [part["entry"] for part in parts]
         keys, counts = np.unique(columns["key"], return_counts=True)
