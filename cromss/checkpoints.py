@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .config import CromssError, WeightsError
+from .config import CromssError, TransferConfig, WeightsError
 from .parallel import Ranks
 from .runs import whole_file, write_whole
 
@@ -112,7 +112,8 @@ class Interrupted(CromssError):
 def resume_command(
     run,   # a Run
 ):
-    "The command that goes on with a run: in a notebook papermill's, else this package's own."
+    "The command that goes on with a run: for pretraining in a notebook papermill's, else this package's own."
+    if isinstance(run.config, TransferConfig): return f"cromss finetune --resume {run.place}"
     if "ipykernel" in sys.modules: return f"papermill nbs/pretrain.ipynb out.ipynb -p resume {run.place}"
     return f"cromss pretrain --resume {run.place}"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, check_names, layer, load_config, preset, resume_folder, run_config, to_dict)
+from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, TransferConfig, check_names, layer, load_config, preset, resume_folder, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -98,38 +98,42 @@ def _plain(text):
     union = re.match(r"(--[\w.]+): Does not validate against any of the Union subtypes Subtypes: \[(.*?)\].*Given value: (.*)", text)
     return f"{union[1]}: expected {union[2].replace('NoneType', 'null').replace(', ', ' or ')}, got {union[3]}" if union else text[:300]
 
-# %% ../nbs/22_cli.ipynb #873a0108
-def _file_fields(path):
+# %% ../nbs/22_cli.ipynb #35c2d723
+def _file_fields(path, kind):
     "The fields that a YAML file sets, checked."
-    load_config(path)                            # refuses another version, unknown fields and impossible values
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return {k: v for k, v in values.items() if k != "config_version"}
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if load_config(path, kind) else {}      # refuses another version or kind, unknown fields and impossible values
+    return {k: v for k, v in values.items() if k not in ("config_version", "kind")}
 
 def read_config(
-    tokens,   # command line tokens after `cromss pretrain`
-):            # a PretrainConfig
+    tokens,                # command line tokens after `cromss pretrain` or `cromss finetune`
+    kind=PretrainConfig,   # or TransferConfig
+):                         # a configuration of that kind
     "The configuration that the tokens ask for: options over --config FILE over the preset. Raises ConfigError."
-    return _configure(_parse(_pretrain_parser(), tokens, LISTS, defaults=False))
+    return _configure(_parse(_config_parser(kind), tokens, LISTS, defaults=False), kind)
 
-def _configure(given):
+def _configure(given, kind):
     "The configuration from parsed options."
-    from_file = _file_fields(given["config"]) if given.get("config") else {}
+    from_file = _file_fields(given["config"], kind) if given.get("config") else {}
     options = {k: v for k, v in given.items() if k not in FLAGS}
     resume = resume_folder({**from_file, **options})
     name = options.pop("preset", None) or from_file.get("preset") or "demo"
-    base = run_config(resume) if resume else preset(name)      # a resumed run goes on as it was configured
+    base = run_config(resume, kind) if resume else preset(name, kind=kind)      # a resumed run goes on as it was configured
     from_file.pop("preset", None)
     return layer(layer(base, from_file), options)
 
 FLAGS = ("config", "dry_run", "print_config")                   # options of the command, not of the configuration
-LISTS = ("sensors", "loggers", "decoder_channels")              # options that take s1,s2 for [s1,s2]
+LISTS = ("sensors", "loggers", "decoder_channels", "test_places")   # options that take s1,s2 for [s1,s2]
 
-def _pretrain_parser():
-    parser = _parser("pretrain", "[options]", "Pretrain on several sensors and their noisy labels. Without options: the demo, on built-in scenes.", _nested_help())
+def _config_parser(kind):
+    "The parser of the command that runs a configuration of this kind."
+    about = {PretrainConfig: ("pretrain", "Pretrain on several sensors and their noisy labels. Without options: the demo, on built-in scenes.", _nested_help()),
+             TransferConfig: ("finetune", "Train a decoder on pretrained encoders, frozen or not, for a task with exact labels, and test it. Without options: random weights on built-in scenes.", "")}
+    command, text, epilog = about[kind]
+    parser = _parser(command, "[options]", text, epilog)
     parser.add_argument("--config", type=str | None, default=None, help="YAML file with fields of the configuration, such as a run's config.yaml")
     parser.add_argument("--dry_run", action="store_true", help="say what the run would be and need, and stop")
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML, and stop")
-    _add_fields(parser, preset("demo"))
+    _add_fields(parser, preset("demo", kind=kind))
     return parser
 
 # %% ../nbs/22_cli.ipynb #d743ca71
@@ -160,12 +164,18 @@ def _launch(count, tokens):
     except SignalException: return 75
     return 0
 
+def _given_config(tokens, kind):
+    "What was typed, and the configuration that it asks for."
+    given = _parse(_config_parser(kind), tokens, LISTS, defaults=False)
+    return given, _configure(given, kind)
+
+def _print_config(config):
+    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
 def _pretrain(tokens):
-    given = _parse(_pretrain_parser(), tokens, LISTS, defaults=False)
-    config = _configure(given)
-    if given.get("print_config"):
-        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
-        return 0
+    given, config = _given_config(tokens, PretrainConfig)
+    if given.get("print_config"): return _print_config(config)
     from cromss.parallel import launched
     from cromss.pretraining import estimate, pretrain, process_count
     if given.get("dry_run"):
@@ -174,6 +184,41 @@ def _pretrain(tokens):
     if not launched() and (count := process_count(config)) > 1: return _launch(count, tokens)
     run = pretrain(config)
     if _first_rank(): print(run.folder)
+    return 0
+
+# %% ../nbs/22_cli.ipynb #8b197d04
+def _finetune(tokens):
+    given, config = _given_config(tokens, TransferConfig)
+    if given.get("print_config"): return _print_config(config)
+    from cromss.transfer import describe, finetune
+    if given.get("dry_run"):
+        print(_table(describe(config)))
+        return 0
+    run = finetune(config)
+    summary = run.summary()
+    print(f"{run.folder}: " + ", ".join(f"{title} {summary[k]:.3f}" for k, title in _FIGURES.items() if summary[k] is not None))
+    return 0
+
+_FIGURES = {"oa": "OA", "aa": "AA", "miou": "mIoU", "mf1": "mF1"}
+
+def _evaluate(tokens):
+    parser = _parser("evaluate", "PREDICTOR DATA [options]", "Test a predictor on tiles with exact labels.")
+    parser.add_argument("predictor", type=str, help="folder of a predictor, or of the run that made it")
+    parser.add_argument("data", type=str, help='tiles: a store, a folder that a source can read, or "scenes[:preset[:seed[:places]]]"')
+    parser.add_argument("--target", type=str, default="labels", help='what is compared with: the "labels" or the "reference" of the tiles')
+    parser.add_argument("--classes", type=str | None, default=None, help="class scheme of the tiles, by name or YAML file; null: their own")
+    parser.add_argument("--absent_class", type=str, default="skip", help='a class without a reference pixel: left out of means by "skip", counted as perfect by "one", as published')
+    parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time")
+    parser.add_argument("--stores", type=str, default="stores", help="folder of the stores that are prepared from sources")
+    given = _parse(parser, tokens)
+    from cromss.transfer import evaluate, open_task
+    from cromss.segmenter import load_predictor
+    model = load_predictor(given["predictor"])
+    config = preset("demo", kind=TransferConfig, sensors=tuple(model.sensors), **{k: given[k] for k in ("data", "target", "classes", "absent_class", "batch_size", "stores")})
+    scores = evaluate(model, open_task(config)[0], config)
+    print(_table({title: scores[k] for k, title in _FIGURES.items()}))
+    for name, iou, recall, pixels in zip(model.scheme.names, scores["iou"], scores["recall"], scores["support"]):
+        print(f"- {name}: IoU {iou:.3f}, recall {recall:.3f}, {pixels:,} px" if pixels else f"- {name}: not in the reference")
     return 0
 
 # %% ../nbs/22_cli.ipynb #967db071
@@ -318,6 +363,8 @@ COMMANDS = {
     "download": (_download, "WHAT FOLDER", "fetch parts of a published data set from the hub"),
     "verify": (_verify, "FOLDER", "read a whole store and compare every checksum"),
     "pretrain": (_pretrain, "[options]", "pretrain on several sensors and their noisy labels"),
+    "finetune": (_finetune, "[options]", "train on pretrained encoders for a task with exact labels, and test"),
+    "evaluate": (_evaluate, "PREDICTOR DATA", "test what was trained on other tiles"),
     "init": (_init, "FOLDER", "copy the papermill templates into a folder"),
 }
 

@@ -155,9 +155,10 @@ class PatchDataset(Dataset):
         rotation=False,   # free angles, as published
         smoothing=None,   # SmoothingConfig: adds `prior`
         region=None,      # (row0, row1, column0, column1) in fractions of the patch that crops come from; None: all
+        values=False,     # leave images of a raw store in the sensor's units, NaN where it says so; those of a uint8 store are in [0, 1] all the same
         lean=False,       # leave out what a training step does not use, `season_masks` and `reference`, and give labels, and images of a uint8 store, as bytes, for `to_images`
     ):
-        self.store, self.crop, self.seed, self.augment, self.rotation, self.lean = store, crop, seed, augment, rotation, lean
+        self.store, self.crop, self.seed, self.augment, self.rotation, self.values, self.lean = store, crop, seed, augment, rotation, values, lean
         self.smoothing = smoothing if smoothing and smoothing.kind != "none" and smoothing.prior_weight > 0 else None
         self.later = False                                                   # leave priors to `later_prior`, on another device: see `may_wait`
         self.told = bool(self.smoothing) and self.smoothing.kind == "p"      # the prior is told by the store, not blurred from labels
@@ -314,6 +315,7 @@ class PatchDataset(Dataset):
     def _unit(self, sensor, values):
         "Values in [0, 1], or bytes if lean: a uint8 store holds the code, a raw one is coded now."
         if values.dtype == np.uint8: return values if self.lean else to_unit(values)
+        if self.values: return values
         spec = self.store.sensors[sensor]
         return unit_values(values, spec.select([spec.bands[i] for i in self.bands[sensor]]) if sensor in self.bands else spec)
 

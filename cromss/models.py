@@ -29,6 +29,7 @@ def build_network(
     "A segmentation network with random weights. Raises ConfigError for unknown names or options that do not fit."
     options = {k: v for k, v in dict(encoder_depth=encoder_depth, decoder_channels=decoder_channels, **options).items() if v is not None}
     _check_options(architecture, encoder, options)
+    if str(encoder).startswith(("vit-", "swin-v2-", "dofa-")): import cromss.peers      # makes its transformers known to smp
     try: return smp.create_model(architecture, encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=num_classes, **options)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
         reason = " ".join(str(e).split())

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOISE_COLORS', 'array', 'stretch', 'true_color', 'sar_composite', 'picture', 'panels', 'show_classes', 'present',
            'legend', 'outline', 'plot_samples', 'plot_noise', 'plot_confidence', 'plot_selection', 'plot_predictions',
-           'plot_smoothing', 'plot_curves', 'plot_report', 'plot_places', 'class_table']
+           'plot_differences', 'plot_confusion', 'plot_comparison', 'plot_learning', 'plot_smoothing', 'plot_curves',
+           'plot_report', 'plot_places', 'class_table']
 
 # %% ../nbs/13_plots.ipynb #f2798069
 import re
@@ -294,6 +295,123 @@ def plot_predictions(
         axis.set_xlabel(f"{_share(right, judged)} agree", fontsize=9)
     legend(figure, scheme, present(*maps.values()))
     return figure
+
+# %% ../nbs/13_plots.ipynb #f565612d
+def plot_differences(
+    samples,   # list of dicts: image_<sensor> (C, H, W) in [0, 1], `reference` and `prediction` (H, W) class ids, `key`
+    sensors,   # {name: Sensor} of the images
+    scheme,    # ClassScheme
+):
+    "A Figure with a row per tile: pictures, reference, prediction, and the prediction where it is wrong, with the share that is."
+    names = _rows_of(samples[0], sensors)
+    titles = [*(_title(sensors[n]) for n in names), "reference", "prediction", "where it is wrong"]
+    figure, axes = panels(len(samples), len(titles), titles, extra=.9)
+    for row, sample in zip(axes, samples):
+        truth, said = array(sample["reference"]), array(sample["prediction"])
+        judged = truth != IGNORE
+        wrong = judged & (truth != said)
+        for axis, name in zip(row, names): axis.imshow(picture(sample[f"image_{name}"], sensors[name]), interpolation="nearest")
+        for axis, ids in zip(row[len(names):], (truth, said, np.where(wrong, said, IGNORE))): show_classes(axis, ids, scheme)
+        row[-1].set_xlabel(f"{_share(wrong, judged)} wrong", fontsize=9)
+        _row_title(row[0], sample["key"])
+    legend(figure, scheme, present(*(s[k] for s in samples for k in ("reference", "prediction"))))
+    return figure
+
+# %% ../nbs/13_plots.ipynb #69c2972a
+def plot_confusion(
+    confusion,   # (C, C) pixel counts: rows are the reference's classes, columns the map's
+    scheme,      # ClassScheme
+):
+    "A Figure of the confusion matrix: every row in percent of the reference's pixels, which are named beside it."
+    counts = array(confusion).astype(np.float64)
+    total = counts.sum(1, keepdims=True)
+    share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    side = 1.6 + .5 * len(counts)
+    figure = _figure(side + 2.2, side)
+    axis = figure.subplots()
+    axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    for (i, j), value in np.ndenumerate(share):
+        if value >= .005: axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > .6 else "black")
+    axis.set_xticks(range(len(counts)), scheme.names, rotation=40, ha="right", fontsize=9)
+    axis.set_yticks(range(len(counts)), [f"{n} ({_pixels(t)})" for n, t in zip(scheme.names, total[:, 0])], fontsize=9)
+    axis.set_xlabel("predicted, % of the reference's pixels", fontsize=9)
+    axis.set_ylabel("reference (pixels)", fontsize=9)
+    axis.spines[:].set_visible(False)
+    return figure
+
+def _pixels(count):
+    "A number of pixels for people."
+    return next((f"{count / size:.3g}{unit}" for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= size), f"{count:.0f}")
+
+# %% ../nbs/13_plots.ipynb #e8f16dc2
+def plot_comparison(
+    table,           # DataFrame: a row for each run with the columns sensors, start, mode, fraction, and `figure`
+    figure="miou",   # column that is drawn, a fraction
+):
+    "A Figure with a panel for each mode: every run a dot, by sensor and start; over the training fraction where there are several."
+    return _over_fractions(table, figure) if table["fraction"].nunique() > 1 else _dots(table, figure)
+
+def _colors(starts):
+    "A colour for each start, told apart by colour-blind readers (Okabe and Ito)."
+    return dict(zip(starts, ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000") * len(starts)))
+
+def _mode_panels(table, height):
+    modes = list(table["mode"].unique())
+    drawn = _figure(1.5 + 4.5 * len(modes), height)
+    axes = drawn.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, mode in zip(axes, modes):
+        axis.set_title(mode, fontsize=10)
+        axis.grid(color="#E6E6E6", linewidth=.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn, zip(axes, modes)
+
+def _dots(table, name):
+    groups = list(table[["sensors", "start"]].drop_duplicates().itertuples(index=False, name=None))
+    colors = _colors(table["start"].unique())
+    drawn, pairs = _mode_panels(table, 1 + .34 * len(groups))
+    for axis, mode in pairs:
+        for y, (sensors, start) in enumerate(groups):
+            values = 100 * table.query("mode == @mode and sensors == @sensors and start == @start")[name].to_numpy()
+            axis.plot(values, np.full(len(values), y), "o", color=colors[start], alpha=.75, markersize=6)
+            if len(values): axis.plot([values.mean()] * 2, [y - .3, y + .3], color=colors[start], linewidth=2)
+        axis.set_yticks(range(len(groups)), [f"{start}, {sensors}" for sensors, start in groups], fontsize=9)
+        axis.set_ylim(len(groups) - .5, -.5)
+        axis.set_xlabel(_FIGURES.get(name, name), fontsize=9)
+    return drawn
+
+def _over_fractions(table, name):
+    colors = _colors(table["start"].unique())
+    drawn, pairs = _mode_panels(table, 3.6)
+    for axis, mode in pairs:
+        for (sensors, start), part in table.query("mode == @mode").groupby(["sensors", "start"], sort=False):
+            line = 100 * part.groupby("fraction")[name].agg(["mean", "std"])
+            axis.errorbar(line.index, line["mean"], line["std"].fillna(0), marker="o", capsize=2, color=colors[start], linestyle="-" if sensors == table["sensors"].iloc[0] else "--", label=f"{start}, {sensors}")
+        axis.set_xscale("log")
+        axis.set_xlabel("fraction of the training places", fontsize=9)
+        axis.set_ylabel(_FIGURES.get(name, name), fontsize=9)
+    axis.legend(fontsize=9, frameon=False)
+    return drawn
+
+_FIGURES = {"miou": "mIoU, %", "oa": "overall accuracy, %", "aa": "mean recall, %", "mf1": "mF1, %"}
+
+# %% ../nbs/13_plots.ipynb #e59ccc49
+def plot_learning(
+    curves,                # {name: list of DataFrames with `epoch` and `column`, one for each seed}
+    column="train_loss",   # what is drawn
+):
+    "A Figure of one curve per name: the mean of its runs, and between the lowest and the highest."
+    drawn = _figure(7.2, 3.4)
+    axis = drawn.subplots()
+    for name, color in _colors(list(curves)).items():
+        values = pd.concat([c.set_index("epoch")[column] for c in curves[name]], axis=1)
+        axis.plot(values.index + 1, values.mean(1), color=color, label=name)
+        axis.fill_between(values.index + 1, values.min(1), values.max(1), color=color, alpha=.2, linewidth=0)
+    axis.set_xlabel("epoch", fontsize=9)
+    axis.set_ylabel(column.replace("_", " "), fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=9, frameon=False)
+    return drawn
 
 # %% ../nbs/13_plots.ipynb #a2aa4edf
 def plot_smoothing(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FINISHED', 'FREE_ON_RESUME', 'open_data', 'data_source', 'used_bands', 'PatchDataModule', 'WrongPixelAUROC',
            'class_scores', 'Scores', 'images_of', 'make_model', 'Sums', 'Compiled', 'CromssTask', 'EpochTable', 'clock',
-           'Progress', 'native_precision', 'make_trainer', 'pretrain', 'process_count', 'configure', 'evaluate',
-           'summarise', 'score_table', 'View', 'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task',
+           'Progress', 'loggers', 'native_precision', 'make_trainer', 'pretrain', 'begin', 'fit', 'check_shared_memory',
+           'starting_point', 'process_count', 'check_same_data', 'continued', 'configure', 'evaluate', 'summarise',
+           'score_table', 'View', 'view_dataset', 'look', 'first_of_batch', 'figures', 'load_task',
            'notebook_parameters', 'estimate']
 
 # %% ../nbs/16_pretraining.ipynb #35281e6e
@@ -39,7 +40,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from . import __version__, plots
 from .checkpoints import Checkpoints, Interrupted, Interruption, WholeCheckpoints, finished_epochs, ignore_signals, newest_checkpoint, resume_command
 from .classes import IGNORE, load_scheme
-from .config import ConfigError, DataError, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
+from .config import ConfigError, DataError, PretrainConfig, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
 from .dataset import PatchDataset, StepSampler, collate, later_prior, split_locations, to_images
 from .losses import cromss_loss
 from .models import CrossModalSegmenter
@@ -56,7 +57,7 @@ from .weights import save_encoder
 
 # %% ../nbs/16_pretraining.ipynb #16fa2018
 def open_data(
-    config,   # PretrainConfig; `data`, `sensors`, `classes`, `grid`, `seasons_required` and `stores` count
+    config,   # PretrainConfig or TransferConfig; `data`, `sensors`, `classes`, `grid`, `seasons_required` and `stores` count
 ):
     "The Store that a configuration trains on, prepared if need be. Raises ConfigError or DataError if there is none to be had."
     path = resolve(config.data)
@@ -80,15 +81,17 @@ def data_source(
     return open_source(resolve(config.data), sensors=config.sensors, scheme=scheme, grid=config.grid, bands=chosen)
 
 def _scenes(config):
-    _, _, name = config.data.partition(":")
-    check_names([name or "balanced-40"], SCENE_PRESETS, "scenes")
-    options = {"scheme": load_scheme(config.classes)} if config.classes else {}
-    return ScenesSource(preset=name or "balanced-40", sensors=config.sensors, size=max(64, config.crop), **options)
+    "Built-in scenes by their name, `scenes[:preset[:seed[:places]]]`."
+    name, *numbers = [*config.data.split(":"), ""][1:-1] or ["balanced-40"]
+    check_names([name], SCENE_PRESETS, "scenes")
+    if len(numbers) > 2 or not all(n.isdigit() for n in numbers): raise ConfigError(f"data={config.data!r}: give scenes[:preset[:seed[:places]]], such as scenes:balanced-40:1:200")
+    options = dict(zip(("seed", "count"), map(int, numbers))) | ({"scheme": load_scheme(config.classes)} if config.classes else {})
+    return ScenesSource(preset=name, sensors=config.sensors, size=max(64, config.crop or 64), **options)
 
 def _fingerprint(config, source):
     "Eight hex digits of the settings and of every file's path, size and time."
     classes = load_scheme(config.classes).to_dict() if config.classes else None
-    parts = [str(resolve(config.data)), sorted(config.sensors), config.bands, classes, config.grid, config.seasons_required, max(64, config.crop) if source.kind == "scenes" else 0]
+    parts = [str(resolve(config.data)), sorted(config.sensors), config.bands, classes, config.grid, config.seasons_required, max(64, config.crop or 64) if source.kind == "scenes" else 0]
     if source.kind == "scenes": parts.append(__version__)       # a release may draw other scenes
     else:
         root = resolve(config.data)
@@ -135,6 +138,10 @@ class PatchDataModule(L.LightningDataModule):
         augment = training if augment is None else augment
         return PatchDataset(self.store, getattr(self.split, part), c.sensors, self.bands, c.crop, c.seed, augment, c.rotation,
                             c.smoothing if augment else None, getattr(self.split, f"{part}_region"), lean=augment)
+
+    def facts(self):
+        "What data.json says of the data: which store, how it is split, what is held out."
+        return {"store": self.store.id, "split": str(self.split), "held_out": [self.store.key(int(i)) for i in self.split.validation]}
 
     def sampler(self):
         "The StepSampler of this process; outside a trainer it starts at step 0."
@@ -393,9 +400,10 @@ class CromssTask(L.LightningModule):
         self.sums.add({"loss": loss.total.detach(), **loss.parts, "usable_share": share, "empty_steps": (share == 0).float()})
 
     def epoch_figures(self):
-        "Means over the epoch so far, and the number of its steps without a usable pixel: {name: float}."
-        means = self.sums.means()
-        return {f"train_{k}": v * (self.sums.count if k == "empty_steps" else 1) for k, v in means.items()}
+        "The kept fraction, means over the epoch so far, and the number of its steps without a usable pixel: {name: float}."
+        means, s = self.sums.means(), self.config.selection
+        keep = keep_fraction(self.current_epoch, s.ramp_epochs, s.keep, s.ramp) if s else 1.0
+        return {"keep": keep} | {f"train_{k}": v * (self.sums.count if k == "empty_steps" else 1) for k, v in means.items()}
 
     def validation_step(self, batch, batch_idx):
         log_p = sensor_log_probabilities(self(images_of(batch, self.config.sensors)))
@@ -502,11 +510,9 @@ class EpochTable(L.Callback):
 
     def on_train_epoch_end(self, trainer, task):
         if not trainer.is_global_zero: return
-        c, epoch = task.config, trainer.current_epoch
-        s = c.selection
-        row = {"epoch": epoch, "lr": task.rate, "keep": keep_fraction(epoch, s.ramp_epochs, s.keep, s.ramp) if s else 1.0}
+        epoch = trainer.current_epoch
         validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        self.run.add_metrics(row | task.epoch_figures() | validation)
+        self.run.add_metrics({"epoch": epoch, "lr": task.rate} | task.epoch_figures() | validation)
         self.run.add_row("timing.csv", {"epoch": epoch, "seconds": round(time.monotonic() - self.began, 2), "processes": trainer.world_size})
 
 def clock(
@@ -523,17 +529,20 @@ class Progress(L.Callback):
         self,
         run,         # a Run: plain lines go to its progress.log
         every=10.0,  # seconds between those lines, at least
+        bar=None,    # a bar of several runs: it counts the steps, and nothing else is printed
     ):
-        self.run, self.file, self.every = run, run.folder / "progress.log", every
+        self.run, self.file, self.every, self.bar = run, run.folder / "progress.log", every, bar
         self.tenth, self.shown, self.logged = -1, 0.0, 0.0
 
     def on_train_start(self, trainer, task):
         self.total, self.began, self.first = trainer.datamodule.total_steps, time.monotonic(), trainer.global_step
-        if trainer.is_global_zero: self._print(f"{self.run.place}: {self.first} of {self.total} steps are done. If it is stopped, go on by: {resume_command(self.run)}")
+        self.counted = 0                        # of what is done, the bar has seen nothing
+        if trainer.is_global_zero and not self.bar: self._print(f"{self.run.place}: {self.first} of {self.total} steps are done. If it is stopped, go on by: {resume_command(self.run)}")
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
         if not trainer.is_global_zero: return
-        now = time.monotonic()
+        if self.bar: self.bar.add(trainer.global_step - self.counted)
+        self.counted, now = trainer.global_step, time.monotonic()
         if now - self.shown < 0.5 and trainer.global_step < self.total: return
         self._say(self.line(trainer, outputs), trainer.global_step / self.total, now)
         self.shown = now
@@ -550,6 +559,7 @@ class Progress(L.Callback):
         if now - self.logged >= self.every or share >= 1:
             with open(self.file, "a", encoding="utf-8") as log: log.write(line + "\n")
             self.logged = now
+        if self.bar: return
         if sys.stderr.isatty(): print(f"\r{line:<110}", end="" if share < 1 else "\n", file=sys.stderr, flush=True)
         elif int(share * 10) > self.tenth:
             self._print(line)
@@ -557,8 +567,11 @@ class Progress(L.Callback):
 
     def _print(self, line): print(line, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)   # a command's stdout is for its result
 
-# %% ../nbs/16_pretraining.ipynb #fedd3731
-def _loggers(config, run):
+# %% ../nbs/16_pretraining.ipynb #3a6956fd
+def loggers(
+    config,   # PretrainConfig or TransferConfig
+    run,      # a Run
+):
     "Lightning's loggers by name. Raises ConfigError if one is not installed."
     def tensorboard():
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -587,17 +600,18 @@ def native_precision(
     return precision
 
 def make_trainer(
-    config,          # PretrainConfig
+    config,          # PretrainConfig or TransferConfig
     run,             # its Run
     ranks=Ranks(),   # the processes that train together
     callbacks=(),    # Checkpoints and Interruption
+    bar=None,        # a bar of several runs that counts their steps
 ):
     "The Lightning Trainer of a run."
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"       # Apple's MPS has no float64, which thresholds and scores need
     strategy = DDPStrategy(static_graph=True, gradient_as_bucket_view=True) if ranks.world > 1 else "auto"   # static: a shallow network leaves encoder stages unused
     return L.Trainer(accelerator=accelerator, strategy=strategy, devices=ranks.local, num_nodes=ranks.world // ranks.local, max_epochs=config.epochs,
-                     precision=native_precision(config.precision), deterministic=config.deterministic, accumulate_grad_batches=config.accumulate, logger=_loggers(config, run),
-                     callbacks=[EpochTable(run), Progress(run), *callbacks], plugins=[WholeCheckpoints(), ranks.environment or LightningEnvironment()],
+                     precision=native_precision(config.precision), deterministic=config.deterministic, accumulate_grad_batches=config.accumulate, logger=loggers(config, run),
+                     callbacks=[EpochTable(run), Progress(run, bar=bar), *callbacks], plugins=[WholeCheckpoints(), ranks.environment or LightningEnvironment()],
                      default_root_dir=run.folder, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, enable_checkpointing=bool(callbacks),
                      enable_progress_bar=False, enable_model_summary=False)
 
@@ -608,18 +622,18 @@ def pretrain(
     "Train, evaluate, draw and export; the finished Run. Raises ConfigError or DataError before anything is made if the configuration cannot work, Interrupted if told to stop."
     ranks = join()
     _check_devices(config, ranks)
-    earlier = _continued(config)
-    _loggers(config, Run(config.runs, config))           # makes nothing yet; says now if one is not installed
+    earlier = continued(config)
+    loggers(config, Run(config.runs, config))           # makes nothing yet; says now if one is not installed
     store = _check_store(store, config) if store is not None else ranks.first(lambda: open_data(config))
     if earlier: config = _same_global_batch(earlier, config, ranks)
     data, task = _make_task(config, store)
     _check_crop(config, task.model)
-    _check_shared_memory(data, config, processes=ranks.local)
-    _check_same_data(earlier, store)
-    start = ranks.first(lambda: _start(earlier, config)) if earlier else None
+    check_shared_memory(data, config, processes=ranks.local)
+    check_same_data(earlier, store)
+    start = ranks.first(lambda: starting_point(earlier, config)) if earlier else None
     if start == FINISHED: return earlier
-    run, task.ranks = ranks.first(lambda: _begin(config, earlier, data, ranks)), ranks
-    trainer = _fit(run, task, data, start)
+    run, task.ranks = ranks.first(lambda: begin(config, earlier, data, ranks)), ranks
+    trainer = fit(run, task, data, start)
     ranks.first(lambda: _finish(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
     return run
 
@@ -630,28 +644,43 @@ def _make_task(config, store):
     torch.set_float32_matmul_precision("high")
     return data, CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss")
 
-def _begin(config, earlier, data, ranks):
+def begin(
+    config,          # PretrainConfig or TransferConfig
+    earlier,         # the Run that is gone on with, or None
+    data,            # its data module, with `facts`
+    ranks=Ranks(),   # the processes that train together
+):
     "The Run, its folders made and tried: a checkpoint that cannot be written is known now. What a killed process was writing is removed."
     run = earlier.go_on(config) if earlier else Run.create(config)
     for left in run.checkpoints.glob(".*"): left.unlink()
     write_whole(run.checkpoints / ".tried", "")
     (run.checkpoints / ".tried").unlink()
-    facts = {"store": data.store.id, "split": str(data.split), "global_batch": _global_batch(config, ranks), "held_out": [data.store.key(int(i)) for i in data.split.validation]}
-    write_whole(run.folder / "data.json", json.dumps(facts, indent=1))
+    write_whole(run.folder / "data.json", json.dumps({**data.facts(), "global_batch": _global_batch(config, ranks)}, indent=1))
     return run
 
-def _fit(run, task, data, start):
-    "Train from a checkpoint, or from the beginning; the Trainer."
+def fit(
+    run,          # a Run
+    task,         # a LightningModule with `config` and `ranks`
+    data,         # its data module, with `total_steps`
+    start=None,   # checkpoint to go on from; None: the beginning
+    bar=None,     # a bar of several runs that counts their steps, in place of this run's own lines
+):
+    "Train; the Trainer. Raises Interrupted if told to stop, or a data worker ends."
     checkpoints = Checkpoints(run, task.config.checkpoint_steps)
     with _quiet(), Interruption(checkpoints, task.ranks) as interruption:
-        trainer = make_trainer(task.config, run, task.ranks, (checkpoints, interruption))
+        trainer = make_trainer(task.config, run, task.ranks, (checkpoints, interruption), bar)
         try: trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
         except RuntimeError as e:
             if "DataLoader worker (pid" not in str(e): raise            # what a worker raises itself says "in DataLoader worker process"
             raise Interrupted(f"a data worker ended without a word ({' '.join(str(e).split())[:120]}); is the machine short of memory? with fewer num_workers go on by: {resume_command(run)}") from e
     return trainer
 
-def _check_shared_memory(data, config, folder="/dev/shm", processes=1):
+def check_shared_memory(
+    data,               # a data module
+    config,             # PretrainConfig or TransferConfig
+    folder="/dev/shm",  # where shared memory lies
+    processes=1,        # processes on this machine
+):
     "Raise ConfigError if the batches that data workers hold ready do not fit into shared memory, which would end them by a bus error."
     if not config.num_workers or not Path(folder).is_dir(): return
     data.train.later = torch.cuda.is_available() and data.train.may_wait          # as `train_dataloader` will have it
@@ -664,7 +693,10 @@ def _check_shared_memory(data, config, folder="/dev/shm", processes=1):
 
 FINISHED = "finished"
 
-def _start(run, config):
+def starting_point(
+    run,      # a Run that was begun
+    config,   # what it goes on with
+):
     "The checkpoint that a run goes on from, None if it had not come to one, FINISHED if there is nothing left. Raises ConfigError for fewer epochs than it has."
     if not any(run.checkpoints.glob("*.ckpt")): return warnings.warn(f"{run.place}: stopped before its first checkpoint, it begins anew")
     path = newest_checkpoint(run)
@@ -706,7 +738,10 @@ def _facts(run):
     path = run.folder / "data.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-def _check_same_data(run, store):
+def check_same_data(
+    run,     # the Run that is gone on with, or None
+    store,   # an open Store
+):
     "Raise ConfigError if a run would go on with other data than it began with: what was held out could then be trained on."
     if run and _facts(run).get("store", store.id) != store.id:
         raise ConfigError(f"resume={run.config.resume or str(run.folder)!r}: the data are no longer those that the run began with (store {store.folder.name}); start a new run")
@@ -727,27 +762,30 @@ def _check_crop(config, model):
 # what may differ from the run that is gone on with
 FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers", "compile", "deterministic", "checkpoint_steps"}
 
-def _continued(config):
+def continued(
+    config,   # PretrainConfig or TransferConfig
+):
     "The Run that `resume` names, or None. Raises ConfigError if the configuration is another than the run's."
     folder = resume_folder({"resume": config.resume, "runs": config.runs, "name": config.name})
     if not folder: return None
-    run = Run.open(folder)
-    for field in field_names():
+    run = Run(resolve(folder), run_config(folder, type(config)))
+    for field in field_names(type(config)):
         was, now = getattr(run.config, field), getattr(config, field)
-        if was != now and (field not in FREE_ON_RESUME or (field == "epochs" and config.schedule == "cosine")):
+        if was != now and (field not in FREE_ON_RESUME or (field == "epochs" and getattr(config, "schedule", "cosine") == "cosine")):
             raise ConfigError(f"resume={config.resume!r}: {field} is {was!r} there and {now!r} here; leave it as it is, or start a new run")
     return run
 
 def configure(
-    parameters,   # {name: value} from a notebook or the command line; None leaves the preset's, or the resumed run's, value
+    parameters,            # {name: value} from a notebook or the command line; None leaves the preset's, or the resumed run's, value
+    kind=PretrainConfig,   # or TransferConfig
 ):
-    "The PretrainConfig that parameters ask for. Raises ConfigError for unknown names and impossible values."
+    "The configuration that parameters ask for. Raises ConfigError for unknown names and impossible values."
     given = {k: v for k, v in parameters.items() if v is not None}
-    check_names(given, field_names())
+    check_names(given, field_names(kind))
     folder = resume_folder(given)
-    if not folder: return preset(given.pop("preset", "demo"), **given)
+    if not folder: return preset(given.pop("preset", "demo"), kind=kind, **given)
     given.pop("preset", None)
-    return change(run_config(folder), **given)
+    return change(run_config(folder, kind), **given)
 
 @contextlib.contextmanager
 def _quiet():
@@ -757,7 +795,7 @@ def _quiet():
     for logger in loggers: logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec", "across ranks is zero", "dataloader is not resumable", "It is recommended to use .self.log", "lr_scheduler.step"):
+            for text in ("does not have many workers", "number of training batches", "Checkpoint directory", "is not set explicitly", "LeafSpec", "across ranks is zero", "dataloader is not resumable", "It is recommended to use .self.log", "in eval mode at the start", "lr_scheduler.step"):
                 warnings.filterwarnings("ignore", message=f".*{text}.*")
             yield
     finally:

@@ -76,7 +76,7 @@ def test_a_full_disk_while_a_store_is_written(tmp_path):
 
 
 def test_a_run_folder_that_is_read_only_is_refused_before_training(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_fit", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(module, "fit", lambda *_: pytest.fail("it trained"))
     with disk(tmp_path / "disk", "20m"):
         remount(tmp_path / "disk", "ro")
         with pytest.raises(ConfigError, match=r"cannot be made \(Read-only file system\); choose another `runs` folder"): pretrain(tiny(tmp_path / "disk"), scenes)
@@ -85,7 +85,7 @@ def test_a_run_folder_that_is_read_only_is_refused_before_training(scenes, tmp_p
 def test_a_run_that_became_read_only_is_refused_before_training(scenes, tmp_path, unfinished, monkeypatch):
     with disk(tmp_path / "disk", "20m"):
         run = pretrain(tiny(tmp_path / "disk", epochs=1, schedule="constant"), scenes)
-        monkeypatch.setattr(module, "_fit", lambda *_: pytest.fail("it trained"))
+        monkeypatch.setattr(module, "fit", lambda *_: pytest.fail("it trained"))
         remount(tmp_path / "disk", "ro")
         with pytest.raises(ConfigError, match="Read-only file system"): pretrain(configure({"resume": str(run.folder), "epochs": 2}), scenes)
         remount(tmp_path / "disk", "rw")
@@ -264,8 +264,8 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, scenes,
 
 def test_too_little_shared_memory_is_said_at_the_start(tmp_path, scenes, monkeypatch):                          # fault 29
     with disk(tmp_path / "shm", "1m") as small:
-        real = module._check_shared_memory
-        monkeypatch.setattr(module, "_check_shared_memory", lambda data, config, **more: real(data, config, folder=small, **more))
+        real = module.check_shared_memory
+        monkeypatch.setattr(module, "check_shared_memory", lambda data, config, **more: real(data, config, folder=small, **more))
         with pytest.raises(ConfigError, match=r"num_workers=2: the batches that they hold ready need [\d,]+ MB of .*, which has 1 MB free"):
             pretrain(tiny(tmp_path, num_workers=2, batch_size=16), scenes)
     assert not (tmp_path / "runs").exists()

@@ -432,7 +432,7 @@ def test_what_must_not_differ_on_resume(folder, field, value):
 def test_what_may_differ_on_resume(folder):
     run = Run.create(tiny(folder, schedule="constant"))
     free = dict(num_workers=2, devices=1, name="other", epochs=7, runs="elsewhere", loggers="tensorboard")
-    assert module._continued(configure({"resume": str(run.folder), **free})).folder == run.folder
+    assert module.continued(configure({"resume": str(run.folder), **free})).folder == run.folder
     refusal(lambda: configure({"resume": str(folder / "none")}), ConfigError, "not a run folder")
     refusal(lambda: configure({"resume": str(run.folder), "epocs": 3}), ConfigError, "did you mean 'epochs'?")
 
@@ -441,7 +441,7 @@ def test_what_may_differ_on_resume(folder):
 def test_the_same_parameters_on_resume_are_no_change(folder, given):
     config = tiny(folder, selection={"ramp_epochs": 1, "keep": 0.7}, smoothing={"kind": "ts"})
     run = Run.create(config)
-    assert module._continued(configure({"resume": str(run.folder), **given})).config == config
+    assert module.continued(configure({"resume": str(run.folder), **given})).config == config
 
 
 def damage(path, how):

@@ -175,7 +175,7 @@ def test_wheel_carries_templates_and_commands(tmp_path):
         for book in TEMPLATES: assert wheel.read(f"cromss/templates/{book.name}") == book.read_bytes()
     assert "cromss = cromss.cli:main" in entry_points and "cromss = cromss._modidx:d" in entry_points
     assert "Apache-2.0" in metadata and any(n.endswith("licenses/LICENSE") for n in names)
-    assert all(f"Provides-Extra: {extra}" in metadata for extra in ("dev", "wandb", "mlflow"))
+    assert all(f"Provides-Extra: {extra}" in metadata for extra in ("dev", "peers", "export", "wandb", "mlflow"))
 
 
 def test_licence_and_version():
