@@ -15,12 +15,13 @@ settings = config["DEFAULT"]
 
 
 class BuildWithTemplates(build_py):
-    "Copies the papermill templates from nbs/ into the wheel's cromss/templates, so that they exist once in the repository."
+    "Copies the papermill templates and the published tables from nbs/ into the wheel, so that they exist once in the repository."
 
     def _templates(self):
-        target = Path(self.build_lib) / "cromss" / "templates"
-        return {target / f"{name}.ipynb": ROOT / "nbs" / f"{name}.ipynb"
-                for name in TEMPLATES if (ROOT / "nbs" / f"{name}.ipynb").is_file()}
+        target = Path(self.build_lib) / "cromss"
+        books = {target / "templates" / f"{name}.ipynb": ROOT / "nbs" / f"{name}.ipynb" for name in TEMPLATES}
+        tables = {target / "published" / path.name: path for path in (ROOT / "nbs" / "published").glob("*.csv")}
+        return {to: path for to, path in {**books, **tables}.items() if path.is_file()}
 
     def run(self):
         super().run()

@@ -68,7 +68,8 @@ def mosaic(path, image, side, **layout):
     "Write a scene of this side as GeoTIFF, row by row of mosaic pieces."
     image, repeats = np.rint(image).clip(1, 65535).astype(np.uint16), -(-side // 512)
     row = np.tile(image, (1, 1, repeats))[:, :, :side]
-    with rasterio.open(path, "w", driver="GTiff", count=S2.num_bands, height=side, width=side, dtype="uint16", crs="EPSG:32631", transform=from_origin(5e5, 56e5, 10, 10), nodata=0, compress="deflate", zlevel=1, **layout) as file:
+    with rasterio.open(path, "w", driver="GTiff", count=S2.num_bands, height=side, width=side, dtype="uint16", nodata=0, compress="deflate", zlevel=1,
+                       crs="EPSG:32631", transform=from_origin(5e5, 56e5, 10, 10), **layout) as file:
         for top in range(0, side, 512): file.write(row[:, :side - top], window=Window(0, top, side, min(512, side - top)))
         file.descriptions = S2.bands
 
@@ -87,7 +88,8 @@ def child(weights, scene, out, window, margin, batch_size, threads):
 
 
 def measure(weights, scene, out, window=512, margin=128, batch_size=1, threads=1):
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps([str(weights), str(scene), str(out), window, margin, batch_size, threads])], stdout=subprocess.PIPE, text=True, check=True)
+    given = json.dumps([str(weights), str(scene), str(out), window, margin, batch_size, threads])
+    done = subprocess.run([sys.executable, __file__, "--child", given], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -99,8 +101,9 @@ def table(rows):
         torch.save(predictor.state_dict(), folder / "weights.pt")
         for number, (side, layout, options) in enumerate(rows):
             mosaic(folder / "scene.tif", image, side, **(dict(tiled=True, blockxsize=512, blockysize=512) if layout == "tiles" else {}))
-            found, o = measure(folder / "weights.pt", folder / "scene.tif", folder / f"map{number}.tif", **options), dict(window=512, margin=128, batch_size=1) | options
-            print(f"| {side:,} | {layout} | {o['window']}, {o['margin']}, {o['batch_size']} | {found['peak']:.0f} | {found['seconds']:.0f} | {found['cpu']:.0f} | {found['cpu'] / found['pixels'] * 1e6:.1f} |", flush=True)
+            found = measure(folder / "weights.pt", folder / "scene.tif", folder / f"map{number}.tif", **options)
+            how = ", ".join(str(v) for v in (dict(window=512, margin=128, batch_size=1) | options).values())
+            print(f"| {side:,} | {layout} | {how} | {found['peak']:.0f} | {found['seconds']:.0f} | {found['cpu']:.0f} | {found['cpu'] / found['pixels'] * 1e6:.1f} |", flush=True)
 
 
 def seams(side=2048):

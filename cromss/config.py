@@ -184,11 +184,11 @@ def _nested(cls, value, what):
 
 def listed(
     name,       # of the field, for the message
-    value,      # a list, one item, or text with commas or blanks
+    value,      # a list, or text with commas or blanks
     kind=str,   # of the items: str, int or float
 ):
     "A tuple of `kind`. Raises ConfigError for what is none."
-    items = value.replace(",", " ").split() if isinstance(value, str) else [value] if isinstance(value, (int, float)) else value
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
     try: items = tuple(kind(i) if isinstance(i, str) or kind is float else i for i in items)
     except (TypeError, ValueError): items = None
     if items is None or not all(type(i) is kind for i in items):
@@ -278,7 +278,8 @@ class TransferConfig:
     validation: float = 0.0                   # of the training places, held out to follow the training
     frozen_norm: str = "fixed"                # batch norm statistics of a frozen encoder: "fixed", or "drifting" with the new data, as published
     absent_class: str = "skip"                # a class without a reference pixel: left out of means by "skip", counted as perfect by "one", as published
-    drop_last: bool = False                   # leave out the tiles of an incomplete last batch, as published; else it is filled up
+    drop_last: bool = False                   # leave out the tiles of an incomplete last batch, in training and tests, as published; else none
+    test_batch_size: int | None = None        # tiles of a test batch; None: batch_size
     decay_by: str = "step"                    # the learning rate falls at every "step", or "epoch" as published
     seed: int = 0                             # of new weights, the order, crops, flips, and the choice of few labels
     precision: str = "auto"                   # "32-true", "bf16-mixed", "16-mixed", or "auto"
@@ -301,7 +302,7 @@ class TransferConfig:
                               ("precision", ("auto", "32-true", "bf16-mixed", "16-mixed"))): _choice(name, getattr(self, name), options)
         for name in ("epochs", "batch_size", "accumulate", "seasons_required"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "split_seed", "seed"): _whole(name, getattr(self, name), 0)
-        for name in ("crop", "encoder_depth", "checkpoint_steps"):
+        for name in ("crop", "encoder_depth", "checkpoint_steps", "test_batch_size"):
             if getattr(self, name) is not None: _whole(name, getattr(self, name), 1)
         for name, high in (("learning_rate", 10), ("final_learning_rate", 10), ("weight_decay", 1), ("decay", 1), ("validation", 0.9)): _within(name, getattr(self, name), 0, high)
         for name in ("train_fraction", "test_fraction"): _within(name, getattr(self, name), 1e-9, 1)
@@ -332,7 +333,7 @@ _QUIRKS = dict(frozen_norm="drifting", absent_class="one", drop_last=True, decay
 TRANSFER_PRESETS = {
     "demo": {},      # the defaults above
     **_TASKS,
-    **{f"published-{name}": {**fields, **_QUIRKS} for name, fields in _TASKS.items()},
+    **{f"published-{name}": {**fields, **_QUIRKS, "test_batch_size": 300 if name == "dfc2020" else 100} for name, fields in _TASKS.items()},
 }
 
 def presets_of(

@@ -66,7 +66,7 @@ def _gap(module, run, examples):
         for want, got in zip(_outputs(module(example)), run(example), strict=True):
             if want.shape != got.shape: return float("inf")
             if want.numel(): gaps.append(((want - got).abs().max() / want.abs().max().clamp(min=1e-12)).item())
-    return max(gaps)
+    return torch.tensor(gaps).max().item()           # NaN if any is
 
 # %% ../nbs/15d_exports.ipynb #9b116caa
 def _export(module, example, path, size, tolerance, make):
@@ -86,13 +86,14 @@ def _export(module, example, path, size, tolerance, make):
 
 def _check_example(module, example):
     "Height and width of the example, which the network must take."
+    sensors = list(getattr(module, "sensors", ()))
+    if sensors and (not isinstance(example, dict) or list(example) != sensors): raise ConfigError(f"the predictor takes {', '.join(sensors)}: give the example as a dict by sensor, in this order")
+    if not sensors and isinstance(example, dict): raise ConfigError("an encoder takes one tensor (B, bands, H, W), not a dict")
     for name, x in _inputs(example).items():
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype != torch.float32: raise ConfigError(f"example of {name}: a float32 tensor (B, bands, H, W) is expected")
-    sizes = {tuple(x.shape[-2:]) for x in _inputs(example).values()}
-    height, width = next(iter(sizes))
-    if len(sizes) > 1 or height % _stride(module) or width % _stride(module): raise ConfigError(f"example of {sizes} px: give one height and width, multiples of {_stride(module)}")
-    if getattr(module, "sensors", None) and (not isinstance(example, dict) or list(example) != list(module.sensors)):
-        raise ConfigError(f"the predictor takes {', '.join(module.sensors)}: give the example as a dict by sensor, in this order")
+    sizes, stride = {tuple(x.shape[-2:]) for x in _inputs(example).values()}, _stride(module)
+    height, width = sizes.pop()
+    if sizes or height % stride or width % stride: raise ConfigError(f"example of {height} x {width} px: give one height and width, multiples of {stride}")
     module(example)                  # raises DataError for wrong bands
     return height, width
 

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 
 from .classes import IGNORE, LIGHT_GREY, SCHEMES
 from .config import DataError
+from .metrics import segmentation_metrics
 from .scenes import NOISE_KINDS
 from .sensors import SENSORS
 
@@ -571,10 +572,8 @@ def class_table(
     confusion,   # (C, C) pixel counts: rows are the reference's classes, columns the map's
     scheme,      # ClassScheme
 ):
-    "A DataFrame with a row per class: pixels (in the reference), IoU, recall, precision (0 to 1, NaN where undefined). Raises DataError for another shape."
-    confusion = array(confusion).astype(np.float64)
-    if confusion.shape != (scheme.num_classes,) * 2: raise DataError(f"confusion of shape {confusion.shape}: {scheme.name} has {scheme.num_classes} classes")
-    hit, there, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    def over(total): return np.where(total > 0, hit / np.maximum(total, 1), np.nan)
-    scores = {"pixels": there.astype(np.int64), "IoU": over(there + said - hit), "recall": over(there), "precision": over(said)}
+    "A DataFrame with a row per class: pixels (in the reference), IoU, recall, precision (0 to 1, NaN of a class that the reference lacks). Raises DataError for another shape."
+    found = segmentation_metrics(confusion)
+    if len(found["support"]) != scheme.num_classes: raise DataError(f"confusion of shape {np.shape(confusion)}: {scheme.name} has {scheme.num_classes} classes")
+    scores = {"pixels": found["support"], "IoU": found["iou"], "recall": found["recall"], "precision": found["precision"]}
     return pd.DataFrame(scores, index=pd.Index(scheme.names, name="class"))

@@ -104,7 +104,8 @@ def _check_arrays(predictor, values):
     for name, array in values.items():
         if array.ndim != 3 or len(array) != predictor.sensors[name].num_bands or 0 in array.shape:
             raise DataError(f"{name}: shape {array.shape}; ({predictor.sensors[name].num_bands}, H, W) is expected: {', '.join(predictor.sensors[name].bands)}")
-    if len({array.shape[1:] for array in values.values()}) > 1: raise DataError(f"sizes differ: {', '.join(f'{n} {a.shape[1:]}' for n, a in values.items())}; bring all sensors to one grid")
+    sizes = {name: array.shape[1:] for name, array in values.items()}
+    if len(set(sizes.values())) > 1: raise DataError(f"sizes differ: {', '.join(f'{n} {s}' for n, s in sizes.items())}; bring all sensors to one grid")
     return values
 
 def _check_sensors(predictor, given):
@@ -150,12 +151,14 @@ def _groups(tiles, size):
 @torch.inference_mode()
 def _forward(predictor, batch, group):
     "Logits of a batch, checked."
-    try: logits = predictor(batch).float()
-    except torch.cuda.OutOfMemoryError: raise ConfigError(f"{len(group)} windows of {group[0].shape[0]} x {group[0].shape[1]} px do not fit into the GPU's memory; choose a smaller batch_size or window") from None
     expected = (len(group), predictor.scheme.num_classes, *group[0].shape)
+    try: logits = predictor(batch).float()
+    except torch.cuda.OutOfMemoryError:
+        raise ConfigError(f"batch_size={len(group)}: so many windows of {expected[2]} x {expected[3]} px do not fit into the GPU's memory; choose fewer or smaller ones") from None
     if logits.shape != expected: raise DataError(f"the predictor gives {tuple(logits.shape)} where {expected} is expected: its logits must have the size of its input and a channel a class")
     for tile, finite in zip(group, torch.isfinite(logits).flatten(1).all(1).tolist()):
-        if not finite: raise DataError(f"the predictor's logits are not finite in the window at row {tile.seen[0].start}, column {tile.seen[1].start}: its weights are damaged, or values there are far outside of the sensor's range")
+        where = f"the window at row {tile.seen[0].start}, column {tile.seen[1].start}"
+        if not finite: raise DataError(f"the predictor's logits are not finite in {where}: its weights are damaged, or values there are far outside of the sensor's range")
     return logits
 
 # %% ../nbs/18a_predict.ipynb #1f132b03
@@ -544,4 +547,4 @@ def _tell_missing(missing, predicted, scene):
     for name, count in missing.items():
         where = scene.parts[name][0].head.grid.path
         if count and count == predicted: raise DataError(f"{where}: no value of {name} in any pixel that another sensor has; do the images show the same place?")
-        if count: warnings.warn(f"{where}: no value of {name} in {count:,} pixels ({count / predicted:.2%}), which were predicted from the other sensors", stacklevel=4)
+        if count: warnings.warn(f"{where}: no value of {name} in {count:,} pixels ({count / predicted:.2%}), which were predicted from the others", stacklevel=4)

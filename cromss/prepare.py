@@ -185,7 +185,7 @@ def report_dict(
 
 # %% ../nbs/06_prepare.ipynb #133bd174
 class Progress:
-    "How much of something is done, on stderr: a bar with the remaining time on a terminal, elsewhere a plain line now and then. `with Progress(100) as bar: bar.add()`."
+    "How much of something is done, on stderr: a bar with the remaining time on a terminal, elsewhere (in a notebook on stdout) a plain line now and then. `with Progress(100) as bar: bar.add()`."
 
     def __init__(self,
         total,             # how much there is to do
@@ -212,7 +212,7 @@ class Progress:
         if self.bar is not None: self.bar.update(count)
         if not self.lines or (now := time.monotonic()) - self.last < self.every: return
         self.last, left = now, (now - self.start) / max(self.done - self.before, 1) * (self.total - self.done)
-        print(f"{self.done:,} of {self.total:,} {self.unit}s, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+        print(f"{self.done:,} of {self.total:,} {self.unit}s, {tqdm.format_interval(left)} left", file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
 
 def _terminal():
     "Whether stderr is a terminal with room for a bar; some containers' have none."

@@ -167,8 +167,10 @@ class TransferData(PatchDataModule):
         self,
         part="test",   # "test" or "validation"
     ):
-        "Whole tiles of a part, batch by batch."
-        return self._loader(getattr(self, part), batch_size=self.config.batch_size)
+        "Whole tiles of a part, batch by batch; with `drop_last` without an incomplete last one. Raises ConfigError if that leaves none."
+        size, tiles = self.config.test_batch_size or self.config.batch_size, getattr(self, part)
+        if self.config.drop_last and len(tiles) < size: raise ConfigError(f"drop_last: {len(tiles)} tiles are less than one test batch; lower test_batch_size={size}")
+        return self._loader(tiles, batch_size=size, drop_last=self.config.drop_last)
 
 def _check_target(store, config):
     if config.target == "reference" and not store.has_reference:
@@ -415,8 +417,9 @@ def grid(
     places=None,                      # names of places, each tested on in turn; None: as config has it
 ):                                    # list of (row of the table, TransferConfig)
     "The runs of a comparison; lists may be texts with commas. Raises ConfigError for a setting that cannot be."
-    modes, seeds, fractions = listed("modes", modes), listed("seeds", seeds, int), listed("fractions", fractions, float)
-    inputs = [tuple(i.split("+")) for i in listed("inputs", inputs or "+".join(config.sensors))]
+    def many(name, value, kind=str): return listed(name, [value] if isinstance(value, (int, float)) else value, kind)
+    modes, seeds, fractions = many("modes", modes), many("seeds", seeds, int), many("fractions", fractions, float)
+    inputs = [tuple(i.split("+")) for i in many("inputs", inputs or "+".join(config.sensors))]
     cells = []
     for sensors, (start, encoders), mode, fraction, place, seed in itertools.product(inputs, starts.items(), modes, fractions, places or [None], seeds):
         row = {"sensors": "+".join(sensors), "start": start, "mode": mode, "fraction": fraction, "seed": seed} | ({"tested": place} if place else {})
@@ -434,7 +437,7 @@ def compare(
     opened, rows = functools.cache(lambda *key: open_task(next(c for _, c in cells if (c.data, c.test, c.sensors) == key))), []
     stores = [opened(c.data, c.test, c.sensors) for _, c in cells]
     steps = sum(TransferData(c, one, used_bands(c, one), other).total_steps for (_, c), (one, other) in zip(cells, stores))
-    with Progress(steps, progress, "step", every=20.0) as bar:
+    with Progress(steps, progress, "step", every=30.0) as bar:
         for (row, c), pair in zip(cells, stores):
             run = finetune(replace(c, resume="auto"), pair, bar)
             rows.append({**row, **{k: run.summary()[k] for k in ("oa", "aa", "miou", "mf1")}, "run": str(run.place)})

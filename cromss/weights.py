@@ -402,7 +402,7 @@ def _read_published(path, sensor):
     if sensor not in networks: raise WeightsError(f"{path}: sensor={sensor!r}: the file has {', '.join(networks)}; give one of these")
     tensors = _take(networks[sensor], {"encoder.": ""})
     spec = _published_sensor(path, sensor, _count(path, "conv1.weight", tensors))
-    return EncoderWeights("resnet50", 5, InputContract(spec), tensors, f"{path} ({sensor})", {}, {"architecture": "unet", "encoder": "resnet50"})
+    return EncoderWeights("resnet50", 5, InputContract(spec), tensors, f"{path} ({sensor})")
 
 # %% ../nbs/15_weights.ipynb #5bf3967c
 def load_published(
@@ -426,14 +426,14 @@ def load_published(
 def _published_model(path, fusion, bands, tensors):
     "The network with these tensors: every one of it, and no other."
     head = f"nets.{next(iter(bands))}.segmentation_head.0.weight"
-    with torch.random.fork_rng(devices=[]):
-        try: model = CrossModalSegmenter(bands, _count(path, head, tensors, axis=0), "late" if fusion == "single" else fusion, norm="shared")
-        except ConfigError as e: raise WeightsError(f"{path}: {e}") from None
+    try:
+        with torch.device("meta"): model = CrossModalSegmenter(bands, _count(path, head, tensors, axis=0), "late" if fusion == "single" else fusion, norm="shared")   # no values yet
+    except ConfigError as e: raise WeightsError(f"{path}: {e}") from None
     missing, other = _differences(model.state_dict(), tensors)
     unknown = tensors.keys() - model.state_dict().keys()
     for what, names in (("missing", missing), ("misshapen", other), ("unknown", unknown)):
         if names: raise WeightsError(f"{path}: no published network of ResNet-50 and U-Net: {what} {_few(names)}; get the file anew")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
     return model
 
 # %% ../nbs/15_weights.ipynb #2ad8fad4

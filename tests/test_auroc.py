@@ -6,7 +6,8 @@ import torch
 from torchmetrics.classification import BinaryAUROC, MulticlassJaccardIndex
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from cromss.pretraining import WrongPixelAUROC, class_scores
+from cromss.metrics import segmentation_metrics
+from cromss.pretraining import WrongPixelAUROC
 
 
 def ours(confidence, wrong, known=None, batches=1):
@@ -114,7 +115,7 @@ def table(num_classes=6, absent=(), seed=0, n=5000):
 @pytest.mark.parametrize("absent", [(), (2,), (0, 3)])
 def test_iou_is_torchmetrics(absent):
     reference, predicted = table(absent=absent)
-    scores = class_scores(multiclass_confusion_matrix(predicted, reference, 6))
+    scores = segmentation_metrics(multiclass_confusion_matrix(predicted, reference, 6))
     expected = MulticlassJaccardIndex(6, average="none")(predicted, reference)
     present = [c for c in range(6) if c not in absent]
     assert [scores["iou"][c] for c in present] == pytest.approx(expected[present].tolist(), abs=1e-6)
@@ -125,8 +126,8 @@ def test_iou_is_torchmetrics(absent):
 
 
 def test_scores_by_hand():
-    scores = class_scores([[3, 1, 0], [0, 2, 2], [0, 0, 0]])                 # the third class is predicted, but never true
+    scores = segmentation_metrics([[3, 1, 0], [0, 2, 2], [0, 0, 0]])                 # the third class is predicted, but never true
     assert scores["oa"] == 5 / 8 and scores["miou"] == pytest.approx((3 / 4 + 2 / 5) / 2)
     assert scores["iou"][:2] == [3 / 4, 2 / 5] and math.isnan(scores["iou"][2])
-    empty = class_scores(torch.zeros(3, 3))
+    empty = segmentation_metrics(torch.zeros(3, 3))
     assert math.isnan(empty["oa"]) and math.isnan(empty["miou"]) and all(map(math.isnan, empty["iou"]))

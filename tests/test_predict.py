@@ -25,6 +25,8 @@ from cromss.inputs import InputContract, InputLayer
 from cromss.models import build_network
 from cromss.predict import cut_tiles, open_scene, predict_array, predict_scene, reach
 from cromss.sensors import SENSORS
+from cromss.sources import PlainSource
+from cromss.trees import SSL4EOSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")     # affine's `*`
 UTM, PLACE = CRS.from_epsg(32631), Affine(10, 0, 500000, 0, -10, 5600000)
@@ -439,6 +441,34 @@ def test_grids_that_cannot_be_brought_together(both, tmp_path):
     told(write_tif(tmp_path / "far.tif", values["s1"], S1.bands, transform=PLACE * Affine.translation(5000, 0)), "far.tif", "lies elsewhere")
     told(write_tif(tmp_path / "nowhere.tif", values["s1"], S1.bands, crs=None), "nowhere.tif", "no CRS")
     told(write_tif(tmp_path / "pole.tif", values["s1"], S1.bands, crs=CRS.from_epsg(3031), transform=Affine(1e7, 0, 0, 0, -1e7, 0)), "pole.tif", "no value of s1 in any pixel")
+
+
+# -- real tiles -------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", ["scenes", "seasons"])
+def test_real_tiles_are_read_as_a_source_reads_them(sample, tmp_path, folder):
+    source = PlainSource(sample / folder, coding="raw")
+    for key in source.keys():
+        place, (date, files) = source.read(key), next(iter(source.files(key).items()))
+        with open_scene({n: files[n] for n in ("s2", "s1")}, source.sensors) as scene: found = scene.read(*(slice(0, n) for n in scene.grid.shape))
+        for name in ("s1", "s2"): assert np.array_equal(found[name], place.images[name][place.seasons.index(date)], equal_nan=True)
+    predictor = Small(*source.sensors.values())
+    done = quiet(predictor, {n: files[n] for n in ("s2", "s1")}, tmp_path / "map.tif")
+    with rasterio.open(done.classes) as f, rasterio.open(files["s2"]) as image: assert f.bounds == image.bounds and f.crs == image.crs and f.shape == image.shape
+
+
+def test_a_real_product_of_single_bands(sample, tmp_path):
+    source = SSL4EOSource(sample / "ssl4eo-s12", grid="geo", coding="raw")
+    product = min((sample / "ssl4eo-s12" / "s2c" / "0000200").iterdir())
+    radar = min((sample / "ssl4eo-s12" / "s1" / "0000200").iterdir())
+    images = {"s2": list(product.glob("*.tif")), "s1": list(radar.glob("*.tif"))}
+    refused(lambda: quiet(Small(*source.sensors.values()), images, tmp_path / "map.tif"), "264", "allow_resample")
+    expected = source.read("0000200").images
+    with open_scene(images, source.sensors, allow_resample=True) as scene:
+        for tile in cut_tiles((264, 264), 128, 32, 32):
+            for name, found in scene.read(*tile.seen).items():
+                whole = expected[name][0][(slice(None), *tile.seen)]
+                assert (np.isfinite(found) == np.isfinite(whole)).mean() > 0.99 and np.nanmax(np.abs(found - whole)) < 0.02 * np.nanstd(whole)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------------------------------------

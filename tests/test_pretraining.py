@@ -24,7 +24,7 @@ from cromss.classes import IGNORE, SCHEMES
 from cromss.config import ConfigError, CromssError, DataError, StoreError, WeightsError, preset, to_dict
 from cromss.models import CrossModalSegmenter
 from cromss.prepare import prepare
-from cromss.pretraining import (CromssTask, PatchDataModule, WrongPixelAUROC, class_scores, clock, configure, estimate, evaluate, load_task, make_trainer,
+from cromss.pretraining import (CromssTask, PatchDataModule, WrongPixelAUROC, clock, configure, estimate, evaluate, load_task, make_trainer,
                                 newest_checkpoint, notebook_parameters, open_data, pretrain)
 from cromss.runs import Run
 from cromss.scenes import ScenesSource
@@ -692,15 +692,6 @@ def test_files_that_are_no_checkpoint(folder, content):
 
 
 # scores
-
-def test_scores_by_hand():
-    scores = class_scores([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
-    assert scores["oa"] == 0.7 and scores["iou"][:2] == [0.5, pytest.approx(4 / 7)] and np.isnan(scores["iou"][2]) and scores["miou"] == pytest.approx((0.5 + 4 / 7) / 2)
-
-
-def test_a_class_that_is_only_predicted_counts_against_the_others():
-    assert class_scores([[3, 1], [0, 0]])["miou"] == 0.75 and class_scores(torch.eye(4)[:2, :2] * 5)["miou"] == 1
-
 
 def test_auroc_counts_pairs():
     rng = np.random.default_rng(0)

@@ -172,6 +172,7 @@ def test_wheel_carries_templates_and_commands(tmp_path):
         names = wheel.namelist()
         entry_points = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
         metadata = wheel.read(next(n for n in names if n.endswith("dist-info/METADATA"))).decode()
+        for table in (NBS / "published").glob("*.csv"): assert wheel.read(f"cromss/published/{table.name}") == table.read_bytes()
         for book in TEMPLATES: assert wheel.read(f"cromss/templates/{book.name}") == book.read_bytes()
     assert "cromss = cromss.cli:main" in entry_points and "cromss = cromss._modidx:d" in entry_points
     assert "Apache-2.0" in metadata and any(n.endswith("licenses/LICENSE") for n in names)

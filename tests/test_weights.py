@@ -395,12 +395,13 @@ def test_the_published_networks_logits(kind, bands, tmp_path):
     with torch.no_grad(): want, got = net(*images.values()), model(images)
     for a, b in zip(want, got.values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert model.options["fusion"] == kind.__name__.lower() and not model.training
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     assert model.contracts == {"s1": InputContract(S1), "s2": InputContract(S2.select(BAND_SUBSETS[bands]))} and model.contracts["s2"].sensor.level == "L1C"
-    if bands == 9 and kind is Mid or bands == 13 and kind is Late: return
+    if kind is Late and bands == 13: return
     weights = read_weights(path, "s2", bands=S2.select(BAND_SUBSETS[bands]))
     assert same(weights.tensors, model.encoder("s2").state_dict()) and weights.contract == model.contracts["s2"] and (weights.encoder, weights.depth) == ("resnet50", 5)
+    if bands == 13: return
     assert same(load_encoder(path, sensor="s1").state_dict(), model.encoder("s1").state_dict())
-    assert not same(load_encoder(path, sensor="s1").state_dict(), weights.tensors)
 
 
 def thin(state):
