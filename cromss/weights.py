@@ -20,7 +20,8 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import segmentation_models_pytorch as smp
 import torch
@@ -433,7 +434,7 @@ def _published_model(path, fusion, bands, tensors):
     unknown = tensors.keys() - model.state_dict().keys()
     for what, names in (("missing", missing), ("misshapen", other), ("unknown", unknown)):
         if names: raise WeightsError(f"{path}: no published network of ResNet-50 and U-Net: {what} {_few(names)}; get the file anew")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)       # a file may store several in one piece
     return model
 
 # %% ../nbs/15_weights.ipynb #2ad8fad4
@@ -489,7 +490,7 @@ class _Contract(InputLayer):
 
 class _FolderWeights(WeightsEnum):
     "Weights of torchvision's kind that lie in a folder of `save_encoder`."
-    def get_state_dict(self, *args, **kwargs): return read_weights(unquote(urlsplit(self.url).path)).tensors
+    def get_state_dict(self, *args, **kwargs): return read_weights(url2pathname(urlsplit(self.url).path)).tensors
 
 def torchgeo_entry(
     folder,   # folder of `save_encoder`, with a ResNet-18, -50 or -152

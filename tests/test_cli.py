@@ -282,3 +282,80 @@ def test_resume_takes_up_the_runs_configuration(tmp_path):
     save_config(made, tmp_path / "r" / "config.yaml")
     found = cli.read_config(["--resume", str(tmp_path / "r"), "--num_workers", "2"])
     assert found == change(made, resume=str(tmp_path / "r"), num_workers=2)
+
+
+# transfer
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    "Six scenes of 32 px, one season, as a store."
+    from cromss.prepare import prepare
+    from cromss.scenes import ScenesSource
+    return prepare(ScenesSource(count=6, size=32, seasons=1), tmp_path_factory.mktemp("tiles") / "store", progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tiles, tmp_path_factory):
+    "The folder of a run that `cromss finetune` made, and what it printed."
+    runs = tmp_path_factory.mktemp("runs")
+    options = dict(data=tiles.folder, runs=runs, name="t", epochs=1, test_fraction=0.5, encoder_depth=3, decoder_channels="16,8,8", batch_size=3, precision="32-true")
+    done = subprocess.run([sys.executable, "-c", "import sys; from cromss.cli import main; sys.exit(main())", "finetune", *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return runs / "t", done
+
+
+def test_finetune_says_where_and_how_good(trained):
+    folder, done = trained
+    assert done.stdout.startswith(f"{folder}: OA 0.") and "mIoU" in done.stdout and "100%" in done.stderr
+
+
+def test_finetune_dry_run_writes_nothing(tiles, tmp_path, capsys):
+    assert cli.main(["finetune", "--dry-run", "--data", str(tiles.folder), "--test-fraction", "0.5", "--runs", str(tmp_path / "runs"), "--sensors", "s1,s2", "--mode", "frozen"]) == 0
+    out = capsys.readouterr().out
+    assert "3 tiles to train on" in out and "encoder of s1" in out and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("tokens, message", [
+    (["finetune", "--mode", "warm"], "mode='warm': choose one of 'frozen', 'finetuned'"), (["finetune", "--selection.keep", "0.5"], "unknown option"),
+    (["finetune", "--resume", "nowhere"], "not a run folder"), (["finetune", "--encoders", "nowhere"], "nowhere"), (["finetune", "--preset", "paper"], "preset='paper': choose one of 'demo', 'dfc2020'")])
+def test_finetune_refuses_in_one_line(tokens, message, tmp_path, capsys):
+    assert cli.main([*tokens, *([] if "--data" in tokens else ["--data", "scenes:balanced-40:1:4"]), "--stores", str(tmp_path)] if "keep" not in tokens[1] else tokens) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and len([line for line in err.splitlines() if line.startswith("cromss:")]) == 1
+
+
+def test_a_configuration_of_another_kind_is_refused(trained, capsys):
+    assert cli.main(["pretrain", "--resume", str(trained[0])]) == 2
+    assert "of a transfer run, where one of pretrain is needed" in capsys.readouterr().err
+
+
+def test_evaluate(trained, tiles, capsys):
+    assert cli.main(["evaluate", str(trained[0]), str(tiles.folder), "--target", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("OA") and out.count("IoU") == 9 + 1 - out.count("not in the reference")
+    assert cli.main(["evaluate", str(tiles.folder), str(tiles.folder)]) == 2 and "no predictor there" in capsys.readouterr().err
+
+
+def test_predict(trained, tmp_path, capsys):
+    import rasterio
+    from cromss.scenes import ScenesSource
+    source = ScenesSource(count=1, size=40, seasons=1)
+    with rasterio.open(tmp_path / "scene.tif", "w", driver="GTiff", height=40, width=40, count=13, dtype="float32", crs="EPSG:32632", transform=rasterio.Affine(10, 0, 0, 0, -10, 0)) as f:
+        f.write(source.scene("scene-00000").images["s2"][0].astype("float32"))
+        for i, band in enumerate(source.sensors["s2"].bands, 1): f.set_band_description(i, band)
+    command = ["predict", str(trained[0]), str(tmp_path / "map.tif"), str(tmp_path / "scene.tif")]
+    assert cli.main(command) == 0
+    with rasterio.open(tmp_path / "map.tif") as f: assert f.shape == (40, 40) and f.colormap(1)[0][:3] == (65, 155, 223)
+    assert "1,600 px, 0 of them without a value" in capsys.readouterr().out and (tmp_path / "map-probabilities.tif").exists()
+    assert cli.main(command) == 2 and cli.main([*command[:3], f"s1={tmp_path / 'scene.tif'}"]) == 2
+    err = capsys.readouterr().err
+    assert "map.tif" in err and "unknown sensor 's1'; did you mean 's2'" in err
+
+
+def test_export(trained, tmp_path, capsys):
+    for name in ("p.onnx", "p.pt2"): assert cli.main(["export", str(trained[0]), str(tmp_path / name), "--side", "32"]) == 0 and (tmp_path / name).stat().st_size > 1000
+    assert cli.main(["export", str(trained[0]), str(tmp_path / "p.h5")]) == 2 and "ends in none of .onnx, .pt2" in capsys.readouterr().err
+
+
+def test_push_and_pull_refuse_what_is_no_folder_of_weights(tmp_path, capsys):
+    assert cli.main(["push", str(tmp_path), "me/mine"]) == 2 and str(tmp_path) in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"The papermill template, run as users run it: in a process and a kernel of its own, with tiny parameters."
+"The papermill templates, run as users run it: in a process and a kernel of its own, with tiny parameters."
 import json
 import os
 import signal
@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cromss.config import preset
+from cromss.models import CrossModalSegmenter
 from cromss.prepare import prepare
-from cromss.runs import list_runs
+from cromss.runs import Run, list_runs
 from cromss.scenes import ScenesSource
+from cromss.weights import save_encoder
 
 TINY = dict(epochs=1, min_steps=2, batch_size=4, crop=32, encoder_depth=3, decoder_channels=[16, 8, 8], precision="32-true", devices=1, name="tiny", selection={"ramp_epochs": 1})
 
 
-def papermill(root, out, **parameters):
+def papermill(root, out, book="pretrain", **parameters):
     "The finished process of a papermill call, and the notebook it wrote."
     given = out.with_suffix(".yaml")
     given.write_text(yaml.safe_dump(parameters))
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "IPYTHONDIR": str(out.parent / "ipython")}
-    done = subprocess.run([sys.executable, "-m", "papermill", str(root / "nbs" / "pretrain.ipynb"), str(out), "-f", str(given), "--no-progress-bar", "--cwd", str(root / "nbs")],
+    done = subprocess.run([sys.executable, "-m", "papermill", str(root / "nbs" / f"{book}.ipynb"), str(out), "-f", str(given), "--no-progress-bar", "--cwd", str(root / "nbs")],
                           capture_output=True, text=True, env=env, timeout=600)
     return done, json.loads(out.read_text(encoding="utf-8"))
 
@@ -69,6 +72,42 @@ def test_on_real_tiles(root, sample, tmp_path):
     assert stored.name.startswith("ssl4eo-s12-") and run.summary()["store"] == str(stored) and "one location in two blocks" in run.summary()["split"]
     assert run.metrics()["epoch"].tolist() == [0] and run.metrics().notna().all().all() and 0 < run.metrics()["train_usable_share"].iloc[0] <= 1
     assert set(run.summary()["validation"]) >= {"oa_s1", "miou_s2", "miou_mean"} and not [k for k in run.summary()["validation"] if "reference" in k]
+
+
+SMALL = dict(epochs=1, batch_size=4, encoder_depth=3, decoder_channels=[16, 8, 8], precision="32-true", name="tiny", test_fraction=0.5)
+
+
+def pretrained(folder):
+    "A run folder with encoders, as pretraining leaves it, untrained."
+    model = CrossModalSegmenter({"s1": 2, "s2": 13}, encoder="resnet18", encoder_depth=3, decoder_channels=(16, 8, 8))
+    run = Run.create(preset("demo", encoder_depth=3, decoder_channels=(16, 8, 8), name="before", runs=str(folder)))
+    for s in ("s1", "s2"): save_encoder(model, s, run.encoders / s)
+    return run
+
+
+def test_starts_are_compared(root, tmp_path):
+    store = prepare(ScenesSource(count=6, size=32, seasons=1), tmp_path / "store", progress=False)
+    pretrained(tmp_path / "runs")
+    given = dict(data=str(store.folder), runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"), seeds="0,1", inputs="s2,s1+s2", modes="frozen", **SMALL)
+    done, book = papermill(root, tmp_path / "out.ipynb", "finetune", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [o for o in outputs(book) if o["output_type"] == "error" or o.get("name") == "stderr"] and len(pictures(book)) == 4
+    assert "3 tiles to train on" in str(book) and "8 runs" in str(book) and "of 2" in text(book) and "cromss predict" in str(book)
+    assert len(list((tmp_path / "runs" / "tiny").glob("*/predictor/model.safetensors"))) == 8
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "tiny").rglob("summary.json")}
+    again, book = papermill(root, tmp_path / "again.ipynb", "finetune", **given)          # all runs are finished: they are read
+    assert again.returncode == 0 and len(pictures(book)) == 4 and times == {p: p.stat().st_mtime_ns for p in times}
+
+
+def test_a_task_without_a_pretrained_encoder_says_so(root, tmp_path):
+    done, book = papermill(root, tmp_path / "out.ipynb", "finetune", runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"))
+    error, = [o for o in outputs(book) if o["output_type"] == "error"]
+    assert done.returncode != 0 and "no finished pretraining run with encoders of s2" in error["evalue"] and not (tmp_path / "stores").exists()
+
+
+def test_a_mistyped_parameter_of_finetune(root, tmp_path):
+    done, book = papermill(root, tmp_path / "out.ipynb", "finetune", seed=3)
+    assert done.returncode != 0 and "unknown parameter 'seed'; did you mean 'seeds'?" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the kernel")

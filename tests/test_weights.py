@@ -37,9 +37,14 @@ def model():
     return small()
 
 
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    return save_encoder(model, "s2", tmp_path_factory.mktemp("saved") / "s2", scheme=SCHEMES["dynamic-world"], run="r1")
+
+
 @pytest.fixture
-def folder(model, tmp_path):
-    return save_encoder(model, "s2", tmp_path / "with spaces" / "s2", scheme=SCHEMES["dynamic-world"], run="r1")
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "with spaces" / "s2")
 
 
 def refused(message, call, *args, **kwargs):
@@ -356,9 +361,16 @@ class Late(nn.Module):
     def forward(self, s1, s2): return [self.model1(s1), self.model2(s2)]
 
 
+RANDOM = torch.randn(8_000_000, generator=torch.Generator().manual_seed(0))
+
+
 def settle(module):
-    "Statistics and affine parameters such as a training leaves, each of its own."
+    "Weights, affine parameters and statistics such as a training leaves, each of its own."
+    module.to_empty(device="cpu")
     with torch.no_grad():
+        for p in module.parameters():
+            start = torch.randint(len(RANDOM) - p.numel(), ()).item()
+            torch.mul(RANDOM[start:start + p.numel()].view(p.shape), (2 / p[0].numel()) ** .5, out=p)
         for m in module.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(0, .1), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 1.5), m.bias.normal_(0, .1), m.num_batches_tracked.fill_(7)
@@ -377,7 +389,8 @@ def lightning(net, **changes):
 
 def make(kind, bands):
     torch.manual_seed(bands)
-    return settle(kind(bands))
+    with torch.device("meta"): net = kind(bands)
+    return settle(net)
 
 
 def write(path, content, **options):
@@ -393,6 +406,7 @@ def test_the_published_networks_logits(kind, bands, tmp_path):
     images = {"s1": torch.rand(2, 2, 64, 64), "s2": torch.rand(2, bands, 64, 64)}
     model = load_published(path, {"s1": S1, "s2": S2.select(BAND_SUBSETS[bands])})
     with torch.no_grad(): want, got = net(*images.values()), model(images)
+    assert all(w.isfinite().all() and w.std() > 1e-3 for w in want)
     for a, b in zip(want, got.values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert model.options["fusion"] == kind.__name__.lower() and not model.training
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
@@ -445,7 +459,7 @@ def test_a_stated_checksum(published):
 
 
 def test_a_network_of_one_sensor(state, tmp_path):
-    net, x = settle(unet(2)), torch.rand(1, 2, 64, 64)
+    net, x = make(unet, 2), torch.rand(1, 2, 64, 64)
     path = write(tmp_path / "s1.ckpt", lightning(net))
     with torch.no_grad(): torch.testing.assert_close(load_published(path)({"s1": x})["s1"], net(x), rtol=0, atol=1e-6)
     assert read_weights(path, "s1").contract == InputContract(S1)
@@ -679,9 +693,10 @@ def test_torchgeo_refusals(tmp_path, folder):
     refused("checksum differs", entry.get_state_dict, progress=True)
 
 
-def test_every_snippet_of_the_card_runs(outgoing, monkeypatch):
+def test_every_snippet_of_the_card_runs(tmp_path, monkeypatch):
     pytest.importorskip("torchgeo.models")
-    folder, *_ = outgoing
+    model = settle(small({"s2": 9}, encoder_depth=5, decoder_channels=(16, 8, 8, 8, 8)))
+    folder = save_encoder(model, "s2", tmp_path / "s2", S2.select(BAND_SUBSETS[9]), SCHEMES["dynamic-world"], "r7")
     text = (folder / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) == 4 and "Class scheme: dynamic-world. Run: r7." in text and "never trained" not in text
