@@ -246,8 +246,6 @@ def _predict(tokens):
     found = predict_scene(model, _images(given["images"], model.sensors), given["map"], probabilities=False if kind == "none" else kind, device=device, **options)
     print(f"{found.classes}: {found.pixels:,} px, {found.empty:,} of them without a value" + (f"; probabilities in {found.probabilities}" if found.probabilities else ""))
     for name, count in sorted(found.counts.items(), key=lambda c: -c[1]): print(f"- {name}: {count:,} px")
-    for sensor, count in found.missing.items():
-        if count: print(f"- {count:,} px have no value of {sensor}, and were predicted from the others")
     return 0
 
 def _images(items, sensors):

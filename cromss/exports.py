@@ -26,9 +26,10 @@ def describe(
 ):
     "What the file says of its inputs and outputs, {key: text}. Raises ConfigError for a module that does not say what it expects."
     if hasattr(module, "sensors") and hasattr(module, "scheme"):
-        return {"format": "cromss-predictor", "inputs": json.dumps({name: sensor.to_dict() for name, sensor in module.sensors.items()}), "values": "in the units of each sensor, NaN where missing",
-                "classes": json.dumps(list(module.scheme.names)), "class_scheme": json.dumps(module.scheme.to_dict()), "created_by": f"cromss {__version__}"}
-    if not hasattr(module, "contract"): raise ConfigError(f"{type(module).__name__} states neither `sensors` and `scheme` nor a `contract`: give a predictor, or an encoder of `load_encoder`")
+        return {"format": "cromss-predictor", "inputs": json.dumps({name: sensor.to_dict() for name, sensor in module.sensors.items()}),
+                "values": "in the units of each sensor, NaN where missing", "classes": json.dumps(list(module.scheme.names)), "class_scheme": json.dumps(module.scheme.to_dict()), "created_by": f"cromss {__version__}"}
+    if not hasattr(module, "contract"):
+        raise ConfigError(f"{type(module).__name__} states neither `sensors` and `scheme` nor a `contract`: give a predictor, or an encoder of `load_encoder`")
     spec = module.contract.sensor
     return {"format": "cromss-encoder", "inputs": json.dumps({spec.name: spec.to_dict()}), "contract": json.dumps(module.contract.to_dict()),
             "values": "scaled as the contract says, 0 where missing", "created_by": f"cromss {__version__}"}
@@ -87,7 +88,8 @@ def _export(module, example, path, size, tolerance, make):
 def _check_example(module, example):
     "Height and width of the example, which the network must take."
     sensors = list(getattr(module, "sensors", ()))
-    if sensors and (not isinstance(example, dict) or list(example) != sensors): raise ConfigError(f"the predictor takes {', '.join(sensors)}: give the example as a dict by sensor, in this order")
+    if sensors and (not isinstance(example, dict) or list(example) != sensors):
+        raise ConfigError(f"the predictor takes {', '.join(sensors)}: give the example as a dict by sensor, in this order")
     if not sensors and isinstance(example, dict): raise ConfigError("an encoder takes one tensor (B, bands, H, W), not a dict")
     for name, x in _inputs(example).items():
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype != torch.float32: raise ConfigError(f"example of {name}: a float32 tensor (B, bands, H, W) is expected")

@@ -75,7 +75,8 @@ def pull(
     with _one_line(repo): cached = Path(api.snapshot_download(repo, revision=revision or own, allow_patterns=list(FILES)))
     check_folder(cached)
     if folder is None: return cached
-    return write_folder(folder, json.loads((cached / "config.json").read_text(encoding="utf-8")), (cached / "model.safetensors").read_bytes(), (cached / "README.md").read_text(encoding="utf-8"))
+    blob, config, card = ((cached / name).read_bytes() for name in FILES)
+    return write_folder(folder, json.loads(config), blob, card.decode("utf-8", "replace"))
 
 def _api(endpoint, token):
     "huggingface_hub's client. Another endpoint gets no token unless it is given."
@@ -95,12 +96,16 @@ def _one_line(repo):
     except errors.HFValidationError as e: raise ConfigError(f"{repo}: {_reason(e)}") from None
     except errors.RevisionNotFoundError: raise ConfigError(f"{repo}: no such revision; choose a branch, tag or commit of the repository") from None
     except errors.GatedRepoError: raise ConfigError(f"{repo}: access must be asked for on its page, and your token sent") from None
-    except errors.RepositoryNotFoundError: raise ConfigError(f"{repo}: no such repository, or it is private and your token may not see it; check the name, or log in by `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise ConfigError(f"{repo}: no such repository, or it is private and your token may not see it; check the name, or log in by `hf auth login`") from None
     except errors.HfHubHTTPError as e: raise _refusal(repo, e) from None
     except errors.OfflineModeIsEnabled: raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set, so nothing is sent or fetched; unset it") from None
-    except errors.LocalEntryNotFoundError as e: raise WeightsError(f"{repo}: the hub cannot be reached ({_reason(e.__cause__ or e)}), and the cache does not hold it; check network, proxy and endpoint") from None
-    except (errors.HTTPError, OSError) as e: raise WeightsError(f"{repo}: the hub cannot be reached, or the disk refuses ({_reason(e)}); check network, proxy, endpoint and disk") from None
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e: raise WeightsError(f"{repo}: the hub's answer cannot be used ({_reason(e)}); is this the address of a hub?") from None
+    except errors.LocalEntryNotFoundError as e:
+        raise WeightsError(f"{repo}: the hub cannot be reached ({_reason(e.__cause__ or e)}), and the cache does not hold it; check network, proxy and endpoint") from None
+    except (errors.HTTPError, OSError) as e:
+        raise WeightsError(f"{repo}: the hub cannot be reached, or the disk refuses ({_reason(e)}); check network, proxy, endpoint and disk") from None
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{repo}: the hub's answer cannot be used ({_reason(e)}); is this the address of a hub?") from None
 
 def _refusal(repo, error):
     "A hub's refusal by its status."

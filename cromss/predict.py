@@ -31,7 +31,7 @@ from .classes import IGNORE, LIGHT_GREY
 from .config import ConfigError, DataError, check_names
 from .prepare import Progress
 from .sensors import SENSORS, check_values, normalize_band
-from .sources import S2_LEVELS, Grid, Raster, SkipLocation, _check_scales, clean_values, file_bands, misfit, no_bands, read_raster, resample
+from .sources import S2_LEVELS, Grid, Raster, SkipLocation, check_scales, clean_values, file_bands, misfit, no_bands, read_raster, resample
 
 # %% ../nbs/18a_predict.ipynb #3d79dbb7
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _open_parts(stack, paths, sensor):
 
 def _add_file(parts, head, file, names, bands):
     "Put a file's bands into the Part of its grid and offset, or into a new one."
-    _check_scales(file.name, [(file.scales[b - 1], file.offsets[b - 1]) for b in bands])
+    check_scales(file.name, [(file.scales[b - 1], file.offsets[b - 1]) for b in bands])
     key = (head.grid.shape, tuple(head.grid.transform), head.grid.crs, head.tags.get("RADIO_ADD_OFFSET"))
     part = parts.setdefault(key, Part([], [], replace(head, nodata=())))
     part.files.append((file, bands, not file.transform.is_identity and file.transform.e > 0))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKIP_REASONS', 'MOST_BANDS', 'SOURCES', 'FORMATS', 'S2_LEVELS', 'Source', 'SkipLocation', 'Reading', 'Grid',
-           'grid_offset', 'misfit', 'pixels_text', 'resample', 'Raster', 'read_raster', 'no_bands', 'clean_values',
-           'radiometric_offset', 'read_labels', 'Season', 'code_image', 'read_seasons', 'join_seasons',
+           'grid_offset', 'misfit', 'pixels_text', 'resample', 'Raster', 'read_raster', 'check_scales', 'no_bands',
+           'clean_values', 'radiometric_offset', 'read_labels', 'Season', 'code_image', 'read_seasons', 'join_seasons',
            'read_probabilities', 'code_probabilities', 'data_folder', 'subfolders', 'read_settings', 'sensor_choices',
            'check_coding', 'register', 'FileSource', 'RasterSource', 'sensor_text', 'file_bands', 'PlainSource',
            'known_sources', 'recognise', 'open_source']
@@ -181,12 +181,15 @@ def read_raster(
                 bands = choose(names, path, tags) if choose else list(file.indexes)
                 values = file.read(bands) if bands else np.empty((0, *file.shape), np.uint8)
                 nodata = tuple(file.nodatavals[b - 1] for b in bands)
-                _check_scales(path, [(file.scales[b - 1], file.offsets[b - 1]) for b in bands])
+                check_scales(path, [(file.scales[b - 1], file.offsets[b - 1]) for b in bands])
     except (RasterioError, OSError, UnicodeError) as e:
         raise SkipLocation("bad raster", f"{ascii(str(path))[1:-1] if isinstance(e, UnicodeError) else path}: cannot be read ({' '.join(str(e.__cause__ or e).split())})") from None
     return Raster(values[:, ::-1] if flip else values, nodata, names, tags, grid)
 
-def _check_scales(path, scales):
+def check_scales(
+    path,     # of the file, for the message
+    scales,   # list of (scale, offset), one a band
+):
     "Raise DataError if a band's values are to be scaled: whether they are in the sensor's units before or after it, nobody can tell."
     told = next(((s, o) for s, o in scales if s != 1 or o != 0), None)
     if told: raise DataError(f"{path}: its bands carry a scale of {told[0]:g} and an offset of {told[1]:g}; if the values are in the sensor's units as they are, say so by gdal_edit.py -scale 1 -offset 0, "

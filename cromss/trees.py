@@ -26,7 +26,7 @@ from .classes import DFC2020, DYNAMIC_WORLD, IGNORE, OSM, load_scheme
 from .config import ConfigError, DataError, check_names
 from .sensors import SENSORS, band_subset, check_values, decode
 from .sources import (FileSource, Reading, S2_LEVELS, Season, SkipLocation, check_coding, clean_values, code_image, data_folder, file_bands, grid_offset, join_seasons,
-                            misfit, no_bands, pixels_text, read_labels, read_raster, read_seasons, register, resample, sensor_choices, sensor_text, subfolders)
+                            misfit, no_bands, pixels_text, radiometric_offset, read_labels, read_raster, read_seasons, register, resample, sensor_choices, sensor_text, subfolders)
 
 # %% ../nbs/04a_trees.ipynb #cce608a7
 def product_date(
@@ -238,16 +238,17 @@ def _stored_values(source):
 # %% ../nbs/04a_trees.ipynb #e281b643
 def _read_product(source, name, folder, target):
     "One sensor's image from a product folder, (C, H, W) float32 on `target` (None: its own 10 m grid); with that grid and the offsets of its bands."
-    sensor, offsets, stack, offset_known = source.sensors[name], {}, [], True
+    sensor, offsets, stack, added, offset_known = source.sensors[name], {}, [], [], True
     target = target or _ten_metre_grid(folder, sensor)
     for band in sensor.bands:
         raster = read_raster(_band_file(folder, band))
         factor = PIXEL_SIZE.get(band, 1) if name == "s2" else 1
         stack.append(_to_grid(source, _band_values(source, raster, sensor.select([band])), raster.grid, target, factor)[0])
+        added.append(radiometric_offset(raster))
         offset_known &= "RADIO_ADD_OFFSET" in raster.tags
         if raster.grid.located and target.located: offsets[name if factor == 1 else f"{name} {factor}0 m"] = grid_offset(raster.grid, target)
     values = np.stack(stack)
-    if sensor.units == "DN": values[:, (values == 0).all(0)] = np.nan
+    if sensor.units == "DN": values[:, (values == np.reshape(added, (-1, 1, 1))).all(0)] = np.nan      # the file's 0, in all bands
     values[:, np.isnan(values).any(0)] = np.nan
     if source.values == "dn": check_values(values, sensor, str(folder), offset_known)
     return values, target, offsets

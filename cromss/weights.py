@@ -190,7 +190,8 @@ class EncoderWeights:
         if self.depth and depth and depth > self.depth:
             raise WeightsError(f"{self.origin}: {self.depth} stages of {self.encoder} were trained, {depth} are asked for; choose encoder_depth={self.depth} or less")
         self._match(own)
-        if self.tensors.keys() - own.keys() and own.keys() != self._plain(depth, self.contract.sensor.num_bands).state_dict().keys(): self._refuse(f"{_few(self.tensors.keys() - own.keys())} not in the network")
+        deeper = self.tensors.keys() - own.keys()                # of this encoder, or of a larger one?
+        if deeper and own.keys() != self._plain(depth, self.contract.sensor.num_bands).state_dict().keys(): self._refuse(f"{_few(deeper)} not in the network")
         module.load_state_dict({k: v for k, v in self.tensors.items() if k in own})
         return module
 
@@ -299,7 +300,8 @@ def _read_encoder(folder, sensor):
 def _network(where, network):
     "The network of a config, if it names an encoder and cannot make the libraries below fetch or open files."
     named = isinstance(network, dict) and isinstance(network.get("encoder"), str) and re.fullmatch(r"[\w.-]+", network["encoder"])
-    if not named or {"checkpoint_path", "in_channels", "num_classes", "encoder_weights"} & network.keys(): raise WeightsError(f"{where}: `network` describes no network; get the folder anew")
+    if not named or {"checkpoint_path", "in_channels", "num_classes", "encoder_weights"} & network.keys():
+        raise WeightsError(f"{where}: `network` describes no network; get the folder anew")
     if not isinstance(network.get("encoder_depth"), int | None): raise WeightsError(f"{where}: encoder_depth={network['encoder_depth']!r} is no number of stages; get the folder anew")
     return network
 
@@ -320,8 +322,10 @@ def _check_archive(path, file):
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             names = [part.filename for part in parts]
-            if sum(name.endswith("/data.pkl") for name in names) != 1 or len(set(names)) < len(names): raise WeightsError(f"{path}: a zip archive, but no PyTorch checkpoint")
-            if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size: raise WeightsError(f"{path}: parts of the archive claim more bytes than the file has; not PyTorch's")
+            if sum(name.endswith("/data.pkl") for name in names) != 1 or len(set(names)) < len(names):
+                raise WeightsError(f"{path}: a zip archive, but no PyTorch checkpoint")
+            if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size:
+                raise WeightsError(f"{path}: parts of the archive claim more bytes than the file has; not PyTorch's")
             damaged = archive.testzip()
     except WeightsError: raise
     except _DAMAGE as e: raise WeightsError(f"{path}: damaged archive ({_line(e)}); get the file anew") from None
@@ -342,13 +346,15 @@ def _read_checkpoint(path, sha256=None):
     "The state dict of a Lightning checkpoint. Raises WeightsError for any other file; nothing in it is executed."
     try:
         with open(path, "rb") as file:
-            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256.lower(): raise WeightsError(f"{path}: SHA-256 differs from {sha256}: damaged or another file; get it anew")
+            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256.lower():
+                raise WeightsError(f"{path}: SHA-256 differs from {sha256}: damaged or another file; get it anew")
             _check_archive(path, file)
             file.seek(0)
             with _only_namespace(): content = _unpickle(path, file)
     except OSError as e: raise WeightsError(f"{path}: cannot be read ({e.strerror or e})") from None
     tensors = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(k, str) for k in tensors): raise WeightsError(f"{path}: no Lightning checkpoint: it holds no `state_dict` of tensors")
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(k, str) for k in tensors):
+        raise WeightsError(f"{path}: no Lightning checkpoint: it holds no `state_dict` of tensors")
     return {k.removeprefix("module."): v for k, v in tensors.items()}
 
 def _unpickle(path, file):
@@ -370,10 +376,12 @@ _SINGLE = {"net.encoder.": "encoder.", **_SHARED}   # a network of one sensor, e
 def _published(path, tensors):
     "Fusion of a published checkpoint, and {sensor: {name in one smp network: tensor}}. Raises WeightsError if it is none."
     def has(*prefixes): return any(name.startswith(prefixes) for name in tensors)
-    if has("net.encoder_com.", "net.model_com."): raise WeightsError(f"{path}: a network of three branches, which is not read; the published ones of two branches are (midFusion, lateFusion)")
+    if has("net.encoder_com.", "net.model_com."):
+        raise WeightsError(f"{path}: a network of three branches, which is not read; the published ones of two branches are (midFusion, lateFusion)")
     fusion = "late" if has("net.model1.", "net.model2.") else "mid" if has("net.encoder1.") else "single" if has("net.encoder.") else None
     if fusion is None:
-        raise WeightsError(f"{path}: no published network (net.encoder1., net.encoder. or net.model1. expected, {_few({'.'.join(k.split('.')[:2]) for k in tensors})} found); of a run of this package give the run's folder")
+        found = _few({".".join(k.split(".")[:2]) for k in tensors})
+        raise WeightsError(f"{path}: no published network (net.encoder1., net.encoder. or net.model1. expected, {found} found); of a run of this package give the run's folder")
     parts = LAYOUTS.get(fusion) or {"s1" if _count(path, "encoder.conv1.weight", _take(tensors, _SINGLE)) == 2 else "s2": _SINGLE}
     unknown = [k for k in tensors if not k.startswith(tuple(prefix for part in parts.values() for prefix in part))]
     if [k for k in unknown if k.startswith("net.")]: raise WeightsError(f"{path}: tensors of no published network: {_few(k for k in unknown if k.startswith('net.'))}")

@@ -247,6 +247,14 @@ def test_ssl4eo_faults(tmp_path):                         # faults 14, 16, 17, 1
             with rasterio.open(p) as f: values, transform = f.read(), f.transform
             write_tif(p, values + 1000, transform)
     refused(lambda: case(offset).read("0000007"), "1000", "B10")
+    def tagged(path, values=None):
+        "Newer products: 0 is still no data, and the offset is for all others."
+        for p in path.parent.glob("B*.tif"):
+            with rasterio.open(p) as f: values, transform = f.read(), f.transform
+            values[:, 0, 0] = 0
+            write_tif(p, np.where(values > 0, values + 1000, 0).astype(np.uint16), transform, tags={"RADIO_ADD_OFFSET": "-1000"})
+    valid = case(tagged).read("0000007").valid["s2"][0]
+    assert not valid[0, 0] and valid[6:, 6:].all()
     for i in range(3):
         def damage(path): path.write_bytes(list(damaged_copies(path))[i])
         assert case(damage).examine("0000007").dropped[0][0] == "bad raster"
