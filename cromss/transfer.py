@@ -215,6 +215,10 @@ class TransferTask(L.LightningModule):
         exact = batch["mask" if self.config.target == "labels" else "reference"]
         return exact.long().masked_fill(~batch["valid"], IGNORE)
 
+    def on_fit_start(self):
+        "The layout that a GPU's convolutions like; it changes no result."
+        if self.device.type == "cuda": self.segmenter.to(memory_format=torch.channels_last)
+
     def on_train_batch_start(self, batch, batch_idx):
         "Dropout depends on the seed and the batch: a resumed run draws the same."
         torch.manual_seed(np.random.SeedSequence((self.config.seed, self.current_epoch, batch_idx)).generate_state(1).item())
@@ -290,6 +294,7 @@ def evaluate(
     store,             # an open Store with exact labels
     config=None,       # TransferConfig: `target`, `batch_size`, `absent_class` count; None: labels
     locations=None,    # numbers of the locations to test on; None: all
+    device=None,       # where to compute; None: a GPU if there is one
 ):                     # metrics as `segmentation_metrics` gives them, and `confusion`
     "How good a predictor is on a store. Raises WeightsError, ConfigError or DataError if they do not fit."
     model = predictor if isinstance(predictor, Segmenter) else load_predictor(predictor)
@@ -297,7 +302,8 @@ def evaluate(
     _check_fits(model, store, config)
     tiles = np.arange(len(store)) if locations is None else np.asarray(locations)
     data = PatchDataset(store, tiles, config.sensors, {s: spec.bands for s, spec in model.sensors.items()}, int(store.shapes[tiles].max()), augment=False, values=True)
-    counts = tested_confusion(TransferTask(config, model, store), DataLoader(data, batch_size=config.batch_size, collate_fn=collate, num_workers=config.num_workers))
+    task = TransferTask(config, model, store).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    counts = tested_confusion(task, DataLoader(data, batch_size=config.batch_size, collate_fn=collate, num_workers=config.num_workers))
     return {**segmentation_metrics(counts, config.absent_class), "confusion": counts.tolist()}
 
 def _check_fits(model, store, config):
@@ -334,8 +340,8 @@ def finetune(
     check_shared_memory(data, config)
     start = starting_point(earlier, config) if earlier else None
     run = begin(config, earlier, data)
-    fit(run, task, data, start, bar)
-    _finish(run, task, data, weights)
+    trainer = fit(run, task, data, start, bar)
+    _finish(run, task.to(trainer.strategy.root_device), data, weights)
     return run
 
 def describe(
@@ -374,6 +380,7 @@ def _finish(run, task, data, weights):
     scheme, scores = data.store.scheme, segmentation_metrics(counts, task.config.absent_class)
     save_predictor(task.segmenter, run.folder / "predictor", run.folder.name, {s: w.origin if w else "random weights" for s, w in weights.items()}, overwrite=True)
     write_whole(run.folder / "confusion.csv", pd.DataFrame(counts, scheme.names, scheme.names).to_csv())
+    run.save_figure(plots.plot_curves(run.metrics()), "curves")
     run.save_figure(plots.plot_confusion(counts, scheme), "confusion")
     run.save_figure(plots.plot_differences(compare_maps(task, data), data.sensors_seen(), scheme), "maps")
     run.save_summary({"split": str(data.split), "store": str(data.store.folder), "seconds": float(run.timing()["seconds"].sum()), "classes": list(scheme.names), **scores})
