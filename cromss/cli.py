@@ -301,10 +301,11 @@ def _push(tokens):
     parser.add_argument("repo", type=str, help="OWNER/REPO; made if it is not there")
     parser.add_argument("--public", action="store_true", help="everybody may see it")
     parser.add_argument("--message", type=str | None, default=None, help="of the commit")
-    parser.add_argument("--endpoint", type=str | None, default=None, help="address of another hub")
+    parser.add_argument("--endpoint", type=str | None, default=None, help="address of another hub, which gets no token but that of HF_TOKEN")
     given = _parse(parser, tokens)
+    token = os.environ.get("HF_TOKEN") if given["endpoint"] else None
     from cromss.hub import push
-    print(push(given["folder"], given["repo"], private=not given["public"], message=given["message"], endpoint=given["endpoint"]))
+    print(push(given["folder"], given["repo"], private=not given["public"], message=given["message"], token=token, endpoint=given["endpoint"]))
     return 0
 
 def _pull(tokens):

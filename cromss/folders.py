@@ -80,6 +80,6 @@ def read_folder(
 def _contents(folder, what):
     try: return json.loads((folder / "config.json").read_text(encoding="utf-8")), (folder / FILES[0]).read_bytes()
     except OSError as e: raise WeightsError(f"{folder}: no {what} there ({Path(e.filename or folder).name}: {e.strerror})") from None
-    except ValueError: raise WeightsError(f"{folder / 'config.json'}: not valid JSON; get the folder anew") from None
+    except (ValueError, RecursionError): raise WeightsError(f"{folder / 'config.json'}: not valid JSON; get the folder anew") from None
 
 def _an(word): return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

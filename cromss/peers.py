@@ -26,7 +26,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 from .config import ConfigError, WeightsError, resolve
 from .inputs import InputContract
 from .sensors import BAND_SUBSETS, SENSORS
-from .weights import EncoderWeights, _check_archive, _differences, _few, _only_namespace, _unpickle, read_weights
+from .weights import EncoderWeights, differing_tensors, few_names, read_archive, read_weights
 
 # %% ../nbs/15e_peers.ipynb #47c7ed76
 class Pyramid(EncoderMixin):
@@ -299,9 +299,9 @@ def _open_peer(name, file, sensor):
     tensors = _named(path, _read_tensors(path), peer)
     own = _blank(peer.encoder, peer.contract.sensor.num_bands)
     if "wavelengths" in own: tensors["wavelengths"] = torch.tensor([[WAVELENGTHS[b] for b in peer.contract.sensor.bands]])
-    missing, other = _differences(own, tensors)
-    if missing: raise WeightsError(f"{path}: not the file of {name}: {_few(missing)} missing, {_few(tensors) or 'nothing'} there")
-    if other: raise WeightsError(f"{path}: not the file of {name}: {_few(other)}; it takes {', '.join(peer.contract.sensor.bands)} ({peer.contract.sensor.num_bands})")
+    missing, other = differing_tensors(own, tensors)
+    if missing: raise WeightsError(f"{path}: not the file of {name}: {few_names(missing)} missing, {few_names(tensors) or 'nothing'} there")
+    if other: raise WeightsError(f"{path}: not the file of {name}: {few_names(other)}; it takes {', '.join(peer.contract.sensor.bands)} ({peer.contract.sensor.num_bands})")
     return EncoderWeights(peer.encoder, None, peer.contract, {k: v for k, v in tensors.items() if k in own}, f"{name} ({path.name})")
 
 def _blank(encoder, bands):
@@ -312,12 +312,7 @@ def _blank(encoder, bands):
 # %% ../nbs/15e_peers.ipynb #7ae6b32c
 def _read_tensors(path):
     "{name: tensor} of a file. Raises WeightsError if it is none of PyTorch's, damaged or hostile, or holds no tensors."
-    try:
-        with open(path, "rb") as file:
-            _check_archive(path, file)
-            file.seek(0)
-            with _only_namespace(): content = _unpickle(path, file)
-    except OSError as e: raise WeightsError(f"{path}: cannot be read ({e.strerror or e})") from None
+    content = read_archive(path)
     for part in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(part), dict): content = content[part]
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}

@@ -38,7 +38,7 @@ def whole_file(
         yield beside
         with open(beside, "rb+") as file: os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as e: raise ConfigError(f"{path}: {what}cannot be written ({e.strerror}); free space or choose another `runs` folder") from e
+    except OSError as e: raise ConfigError(f"{path}: {what}cannot be written ({e.strerror}); free space, or choose another folder") from e
     finally:
         with contextlib.suppress(OSError): beside.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from .config import ConfigError, DataError, WeightsError
 from .inputs import InputContract, InputLayer
 from .models import build_network
 from .folders import read_folder, write_folder
+from .hub import pull
 
 # %% ../nbs/16a_segmenter.ipynb #44640792
 class Join(nn.Module):
@@ -173,9 +174,10 @@ def save_predictor(
     return write_folder(Path(folder), json.loads(json.dumps(config)), blob, _card(config), overwrite)
 
 def load_predictor(
-    place,   # a predictor's folder, or that of the run that made it
+    place,   # a predictor's folder, that of the run that made it, or "hf://OWNER/REPO[@REVISION]"
 ):           # Segmenter, in eval mode
     "The Segmenter of a folder. Raises WeightsError for a folder that holds none, or a damaged one."
+    if str(place).startswith("hf://"): place = pull(place)
     folder = Path(place) / "predictor" if (Path(place) / "config.yaml").is_file() else Path(place)
     config, blob = read_folder(folder, FORMAT, VERSION, ("inputs", "classes", "network"), "predictor")
     try:

@@ -180,7 +180,7 @@ def test_the_old_content_stays_if_the_disk_refuses(tmp_path, monkeypatch, call, 
     write_whole(path, "old")
     def refuse(*args): raise OSError(error, os.strerror(error))
     monkeypatch.setattr(module.os, call, refuse)
-    refusal(lambda: write_whole(path, "new"), "a: cannot be written", os.strerror(error), "free space or choose another")
+    refusal(lambda: write_whole(path, "new"), "a: cannot be written", os.strerror(error), "free space, or choose another")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
