@@ -337,6 +337,7 @@ def finetune(
         if bar: bar.add(data.total_steps)
         return earlier
     _check_batch(config, task)
+    data.loader()                                        # says now if no test batch is complete
     check_shared_memory(data, config)
     start = starting_point(earlier, config) if earlier else None
     run = begin(config, earlier, data)

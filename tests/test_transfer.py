@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
+from layouts_trees import dfc2020, noldo
+
 from cromss import transfer as module
 from cromss.classes import DYNAMIC_WORLD, IGNORE
 from cromss.config import ConfigError, DataError, TransferConfig, WeightsError, preset
@@ -342,3 +344,26 @@ def test_scenes_by_name(folder):
     assert len(store) == 3 and "seed 7" in store.source and "balanced-20" in store.source
     with pytest.raises(ConfigError, match="give scenes"): open_data(tiny(folder, data="scenes:balanced-20:x"))
     with pytest.raises(ConfigError, match="did you mean 'balanced-20'"): open_data(tiny(folder, data="scenes:balanced-2"))
+
+
+# the paper's tasks
+
+@pytest.mark.parametrize("task, size, classes", [("dfc2020", 64, 8), ("dw", 70, 9), ("osm", 62, 13)])
+def test_the_papers_tasks_from_their_published_layout(task, size, classes, folder):
+    "Tiles of 70 and 62 px, which no network divides: they are padded, and counted as they are."
+    data, splits = folder / "data", ("validation", "test") if task == "dfc2020" else ("train", "test")
+    for split in splits:
+        for i in range(3):
+            if task == "dfc2020": dfc2020(data, split, i + 10 * splits.index(split), size, seed=i)
+            else: noldo(data, f"{task}_{split}", f"{12.5 + i}_{-3.25 - splits.index(split)}-20200107", size, seed=i)
+    labels = {} if task == "dfc2020" else {"labels": task}
+    train, test = (prepare(data, folder / split, split=split, progress=False, **labels) for split in splits)
+    config = preset(f"published-{task}", kind=TransferConfig, data=str(train.folder), test=str(test.folder), encoder="resnet18", crop=None if task == "dfc2020" else 32, epochs=1, batch_size=2,
+                    test_batch_size=2, num_workers=0, precision="32-true", name="run", runs=str(folder / "runs"))
+    summary = finetune(config).summary()
+    assert len(summary["classes"]) == classes and 0 < sum(summary["support"]) <= 2 * size * size            # the third tile is an incomplete batch
+    assert summary["mprecision"] is not None and not any(math.isnan(v) for v in summary["iou"])               # by the published rule an absent class counts 1
+    whole = finetune(replace(config, name="ours", drop_last=False, absent_class="skip")).summary()
+    assert sum(whole["support"]) > sum(summary["support"])
+    with pytest.raises(ConfigError, match="3 tiles are less than one test batch; lower test_batch_size=100"): finetune(replace(config, name="large", test_batch_size=100))
+    assert not (folder / "runs" / "large").exists()
