@@ -206,7 +206,7 @@ def _evaluate(tokens):
     parser = _parser("evaluate", "PREDICTOR DATA [options]", "Test a predictor on tiles with exact labels.")
     parser.add_argument("predictor", type=str, help="folder of a predictor, or of the run that made it")
     parser.add_argument("data", type=str, help='tiles: a store, a folder that a source can read, or "scenes[:preset[:seed[:places]]]"')
-    parser.add_argument("--target", type=str, default="labels", help='what is compared with: the "labels" or the "reference" of the tiles')
+    parser.add_argument("--target", type=str | None, default=None, help='what is compared with: the "labels" or the "reference" of the tiles; null: as the run has it, else "labels"')
     parser.add_argument("--classes", type=str | None, default=None, help="class scheme of the tiles, by name or YAML file; null: their own")
     parser.add_argument("--absent_class", type=str, default="skip", help='a class without a reference pixel: left out of means by "skip", counted as perfect by "one", as published')
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time")
@@ -214,7 +214,8 @@ def _evaluate(tokens):
     given = _parse(parser, tokens)
     from cromss.transfer import evaluate, open_task
     from cromss.segmenter import load_predictor
-    model = load_predictor(given["predictor"])
+    model, folder = load_predictor(given["predictor"]), Path(given["predictor"])
+    given["target"] = given["target"] or (run_config(folder, TransferConfig).target if (folder / "config.yaml").is_file() else "labels")
     config = preset("demo", kind=TransferConfig, sensors=tuple(model.sensors), **{k: given[k] for k in ("data", "target", "classes", "absent_class", "batch_size", "stores")})
     scores = evaluate(model, open_task(config)[0], config)
     print(_table({title: scores[k] for k, title in _FIGURES.items()}))
@@ -245,7 +246,8 @@ def _predict(tokens):
     options = {k: given[k] for k in ("window", "margin", "batch_size", "allow_resample", "overwrite")}
     found = predict_scene(model, _images(given["images"], model.sensors), given["map"], probabilities=False if kind == "none" else kind, device=device, **options)
     print(f"{found.classes}: {found.pixels:,} px, {found.empty:,} of them without a value" + (f"; probabilities in {found.probabilities}" if found.probabilities else ""))
-    for name, count in sorted(found.counts.items(), key=lambda c: -c[1]): print(f"- {name}: {count:,} px")
+    for name, count in sorted(found.counts.items(), key=lambda c: -c[1]):
+        if count: print(f"- {name}: {count / max(1, sum(found.counts.values())):.1%}")
     return 0
 
 def _images(items, sensors):
@@ -265,21 +267,27 @@ def _export(tokens):
     parser.add_argument("file", type=str, help="file to write, .onnx or .pt2")
     parser.add_argument("--sensor", type=str | None, default=None, help="which encoder, where WEIGHTS has several; null: the predictor, or the only encoder")
     parser.add_argument("--side", type=int, default=256, help="side of the image that it is tried with, px")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--size", type=str | None, default=None, help='sides it takes: "any" multiple of the stride, "fixed"; null: any if it can be')
     given = _parse(parser, tokens)
     from cromss.exports import export_onnx, export_program
     makers = {".onnx": export_onnx, ".pt2": export_program}
     ending = Path(given["file"]).suffix
     if ending not in makers: raise ConfigError(f"{given['file']}: ends in none of {', '.join(makers)}")
+    if Path(given["file"]).exists() and not given["overwrite"]: raise ConfigError(f"{given['file']}: is there already; choose another name, or --overwrite")
     module, example = _module(given["weights"], given["sensor"], given["side"])
-    print(makers[ending](module, example, given["file"], size=given["size"]))
+    path = makers[ending](module, example, given["file"], size=given["size"])
+    stride = getattr(module, "stride", None) or getattr(module, "output_stride", 1)
+    print(f"{path}: takes heights and widths that are multiples of {stride}, as its description says; pad others first, for they run and give wrong numbers")
     return 0
 
 def _module(place, sensor, side):
     "A predictor or an encoder, and an example of what it takes."
     import torch
     from cromss.peers import open_weights
+    from cromss.hub import pull
     from cromss.segmenter import load_predictor
+    if place.startswith("hf://"): place = pull(place)
     folder = Path(place)
     def values(spec): return torch.tensor(spec.mean).view(1, -1, 1, 1) + torch.tensor(spec.std).view(1, -1, 1, 1) * torch.randn(2, spec.num_bands, side, side)
     if not sensor and ((folder / "predictor").is_dir() or _format(folder) == "cromss-predictor"):

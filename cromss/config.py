@@ -103,7 +103,7 @@ class SmoothingConfig:
 class PretrainConfig:
     "Everything that decides a pretraining run. Raises ConfigError for values that cannot work."
     data: str = "scenes"                      # "scenes" (built in), a store, or a folder that a source can read
-    preset: str = "demo"                      # the preset this configuration started from, for the record: `preset()` fills in its values
+    preset: str = "demo"                      # the preset whose values all other fields begin with (`preset()`, --preset)
     name: str | None = None                   # name of the run's folder; None: preset, date and time
     sensors: tuple[str, ...] = ("s1", "s2")   # sensors to train, any number
     bands: dict | None = None                 # {sensor: band names, or a subset's size 3, 9, 10, 12, 13}; None: all that the data have
@@ -232,6 +232,12 @@ def _normalise(config):
     put(lambda name, v: _nested(SelectionConfig, v, name), "selection")
     put(lambda name, v: _nested(SmoothingConfig, v, name), "smoothing")
 
+def _place(name, value):
+    "A place as text that says something: an unset variable of a shell does not mean random weights."
+    text = _text(name, value)
+    if not text.strip(): raise ConfigError(f"{name}={value!r}: give a place, or 'random'")
+    return text
+
 def _normalise_transfer(config):
     "Give the fields of a TransferConfig their own types, in place. Raises ConfigError for what cannot be meant."
     def put(make, *names): _put(config, make, *names)
@@ -241,7 +247,7 @@ def _normalise_transfer(config):
     put(lambda name, v: _bands(v), "bands")
     put(_number, "learning_rate", "final_learning_rate", "weight_decay")
     put(_text, "data", "test", "name", "classes", "architecture", "encoder", "stores", "runs", "resume")
-    put(lambda name, v: {s: _text(f"{name}[{s!r}]", place) for s, place in v.items()} if isinstance(v, dict) else _text(name, v) or "random", "encoders")
+    put(lambda name, v: {s: _place(f"{name}[{s!r}]", place) for s, place in v.items()} if isinstance(v, dict) else "random" if v is None else _place(name, v), "encoders")
 
 # %% ../nbs/00_config.ipynb #cdbd2415
 @dataclass(frozen=True)
@@ -249,13 +255,13 @@ class TransferConfig:
     "Everything that decides a downstream run. Raises ConfigError for values that cannot work."
     data: str = "scenes:balanced-40:1:232"    # tiles to train on: "scenes[:preset[:seed[:places]]]", a store, or a folder that a source can read
     test: str | None = None                   # tiles to test on, likewise; None: some of `data` are held out
-    preset: str = "demo"                      # the preset this configuration started from, for the record
+    preset: str = "demo"                      # the preset whose values all other fields begin with (`preset()`, --preset)
     name: str | None = None                   # name of the run's folder; None: preset, date and time
     sensors: tuple[str, ...] = ("s2",)        # what is seen: one sensor, or several whose features are joined
     bands: dict | None = None                 # {sensor: band names or a subset's size}; None: those that the encoder was made for
     match: str = "strict"                     # bands of the encoder and of the data: "strict" the same, "name" what both have
     classes: str | None = None                # class scheme: a name or a YAML file; None: the data's own
-    target: str = "reference"                 # what is learned and tested against: the store's "labels", or its exact "reference"
+    target: str = "reference"                 # what is learned and tested against: the store's "labels", or its exact "reference" (of tiles that have a label as well)
     encoders: str | dict = "random"           # "random", or a place: a run, an encoder's folder, a published checkpoint, a peer "NAME:FILE"; or {sensor: place}
     mode: str = "frozen"                      # encoders are "frozen" or "finetuned" from the first step
     architecture: str = "unet"                # any architecture of segmentation-models-pytorch, for the new decoder
@@ -272,7 +278,7 @@ class TransferConfig:
     crop: int | None = None                   # side of a training crop, px; None: whole tiles
     rotation: bool = False                    # also rotate by a free angle, +-90 degrees, with probability 0.2, as published
     train_fraction: float = 1.0               # of the training places that are used, drawn by the seed: few labels
-    test_fraction: float = 0.8621             # of the places of `data` that are tested on, where there is no `test`
+    test_fraction: float | None = None        # of the places of `data` that are tested on, where there is no `test`; None: a quarter, and of built-in scenes all but 32
     test_places: tuple[str, ...] | None = None  # names of the places of `data` that are tested on; None: drawn
     split_seed: int = 0                       # of the draw of test places: runs of several seeds are tested on the same
     validation: float = 0.0                   # of the training places, held out to follow the training
@@ -288,6 +294,7 @@ class TransferConfig:
     num_workers: int = 0                      # processes that read data
     seasons_required: int = 1                 # places with fewer labelled seasons are left out
     grid: str = "array"                       # SSL4EO-S12 v1 tree: "array" or "geo"
+    coding: str = "raw"                       # how tiles are stored that are prepared: "raw" values, or "uint8" as published; built-in scenes are uint8
     stores: str = "stores"                    # folder of the stores that are prepared from sources
     runs: str = "runs"                        # folder of the run folders
     loggers: tuple[str, ...] = ()             # "tensorboard", "wandb", "mlflow"; metrics.csv is always written
@@ -298,17 +305,21 @@ class TransferConfig:
         _normalise_transfer(self)
         _choice("preset", self.preset, tuple(TRANSFER_PRESETS))
         for name, options in (("match", ("strict", "name")), ("target", ("labels", "reference")), ("mode", ("frozen", "finetuned")), ("loss", ("ce+dice", "ce")),
-                              ("frozen_norm", ("fixed", "drifting")), ("absent_class", ("skip", "one")), ("decay_by", ("step", "epoch")), ("grid", ("array", "geo")),
+                              ("frozen_norm", ("fixed", "drifting")), ("absent_class", ("skip", "one")), ("decay_by", ("step", "epoch")), ("grid", ("array", "geo")), ("coding", ("raw", "uint8")),
                               ("precision", ("auto", "32-true", "bf16-mixed", "16-mixed"))): _choice(name, getattr(self, name), options)
         for name in ("epochs", "batch_size", "accumulate", "seasons_required"): _whole(name, getattr(self, name), 1)
         for name in ("num_workers", "split_seed", "seed"): _whole(name, getattr(self, name), 0)
         for name in ("crop", "encoder_depth", "checkpoint_steps", "test_batch_size"):
             if getattr(self, name) is not None: _whole(name, getattr(self, name), 1)
-        for name, high in (("learning_rate", 10), ("final_learning_rate", 10), ("weight_decay", 1), ("decay", 1), ("validation", 0.9)): _within(name, getattr(self, name), 0, high)
-        for name in ("train_fraction", "test_fraction"): _within(name, getattr(self, name), 1e-9, 1)
+        for name, high in (("final_learning_rate", 10), ("weight_decay", 1), ("decay", 1), ("validation", 0.9)): _within(name, getattr(self, name), 0, high)
+        _within("seed", self.seed, 0, 2 ** 32 - 1)
+        _within("learning_rate", self.learning_rate, 1e-12, 10)
+        _within("train_fraction", self.train_fraction, 1e-9, 1)
+        if self.test_fraction is not None: _within("test_fraction", self.test_fraction, 1e-9, 1)
         for name in self.loggers: _choice("loggers", name, ("tensorboard", "wandb", "mlflow"))
         for name in ("rotation", "drop_last", "deterministic"): _flag(name, getattr(self, name))
         if self.resume == "auto" and not self.name: raise ConfigError("resume='auto' goes on with the run of a name: give `name`, too")
+        if self.test and self.test_places: raise ConfigError(f"test_places={self.test_places!r} are places of `data`, and `test` names other tiles: give one of the two")
         if not self.sensors or len(set(self.sensors)) < len(self.sensors): raise ConfigError(f"sensors={self.sensors!r}: name one or more, each once")
         for name in ("bands", "encoders"):
             if isinstance(getattr(self, name), dict): check_names(getattr(self, name), self.sensors, f"sensor in {name}")
@@ -328,7 +339,7 @@ _TASKS = {
     "dw": dict(_RESNET50, architecture="deeplabv3plus", classes="dynamic-world", crop=496),
     "osm": dict(_RESNET50, architecture="fpn", classes="osm", crop=480),
 }
-_QUIRKS = dict(frozen_norm="drifting", absent_class="one", drop_last=True, decay_by="epoch", seed=42)
+_QUIRKS = dict(frozen_norm="drifting", absent_class="one", drop_last=True, decay_by="epoch", coding="uint8", seed=42)
 
 TRANSFER_PRESETS = {
     "demo": {},      # the defaults above
@@ -463,7 +474,10 @@ def run_config(
     folder = resolve(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: not a run folder (no config.yaml); runs lie in the folder that `runs` named")
-    return load_config(folder / "config.yaml", kind)
+    config = load_config(folder / "config.yaml")
+    if kind and not isinstance(config, kind):
+        raise ConfigError(f"{folder}: a {kind_name(config)} run, where one of {next(name for name, k in KINDS.items() if k is kind)} is needed; as a starting point it is given by `encoders`")
+    return config
 
 # %% ../nbs/00_config.ipynb #93800a84
 def resume_folder(

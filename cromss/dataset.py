@@ -247,6 +247,8 @@ class PatchDataset(Dataset):
         "The sample of whole-patch arrays and the labels of all seasons."
         arrays = arrays | {"mask": labels[chosen.season]} | ({} if self.lean else {"season_masks": labels})
         sample = self._images(arrays, chosen) | {k: self._map(k, arrays[k], chosen) for k in FILL if k in arrays}
+        if self.values and chosen.angle:                       # a rotation spreads what is missing
+            for s in self.sensors: sample["valid"] &= sample[f"image_{s}"].isfinite().all(0)
         if self.later: sample |= {"around": torch.from_numpy(labels), "place": asdict(chosen)}
         elif self.smoothing: sample["prior"] = torch.from_numpy(self._told(arrays, chosen) if self.told else self._prior(labels, chosen))
         sample |= {"season": torch.tensor(chosen.season), "key": self.store.keys[location], "quarantined": ""}

@@ -312,7 +312,8 @@ def plot_differences(
         judged = truth != IGNORE
         wrong = judged & (truth != said)
         for axis, name in zip(row, names): axis.imshow(picture(sample[f"image_{name}"], sensors[name]), interpolation="nearest")
-        for axis, ids in zip(row[len(names):], (truth, said, np.where(wrong, said, IGNORE))): show_classes(axis, ids, scheme)
+        for axis, ids in zip(row[len(names):], (truth, said)): show_classes(axis, ids, scheme)
+        row[-1].imshow(np.where((judged & ~wrong)[..., None], 255, scheme.paint(np.where(judged, said, IGNORE))), interpolation="nearest")       # what is right is white
         row[-1].set_xlabel(f"{_share(wrong, judged)} wrong", fontsize=9)
         _row_title(row[0], sample["key"])
     legend(figure, scheme, present(*(s[k] for s in samples for k in ("reference", "prediction"))))
@@ -323,8 +324,10 @@ def plot_confusion(
     confusion,   # (C, C) pixel counts: rows are the reference's classes, columns the map's
     scheme,      # ClassScheme
 ):
-    "A Figure of the confusion matrix: every row in percent of the reference's pixels, which are named beside it."
+    "A Figure of the confusion matrix of the classes that occur: every row in percent of the reference's pixels, which are named beside it."
     counts = array(confusion).astype(np.float64)
+    there = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    counts, names = counts[np.ix_(there, there)], [scheme.names[i] for i in there]
     total = counts.sum(1, keepdims=True)
     share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     side = 1.6 + .5 * len(counts)
@@ -333,8 +336,8 @@ def plot_confusion(
     axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
     for (i, j), value in np.ndenumerate(share):
         if value >= .005: axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > .6 else "black")
-    axis.set_xticks(range(len(counts)), scheme.names, rotation=40, ha="right", fontsize=9)
-    axis.set_yticks(range(len(counts)), [f"{n} ({_pixels(t)})" for n, t in zip(scheme.names, total[:, 0])], fontsize=9)
+    axis.set_xticks(range(len(counts)), names, rotation=40, ha="right", fontsize=9)
+    axis.set_yticks(range(len(counts)), [f"{n} ({_pixels(t)})" for n, t in zip(names, total[:, 0])], fontsize=9)
     axis.set_xlabel("predicted, % of the reference's pixels", fontsize=9)
     axis.set_ylabel("reference (pixels)", fontsize=9)
     axis.spines[:].set_visible(False)

@@ -504,6 +504,7 @@ def predict_scene(
     if kind == "": raise ConfigError(f"probabilities={probabilities!r}: choose True, False or 'float32'")
     _check_sensors(predictor, images)
     out = Path(out).expanduser()
+    if out.suffix.lower() not in (".tif", ".tiff"): raise ConfigError(f"{out}: maps are GeoTIFFs; name it {out.stem}.tif")
     beside = out.with_name(f"{out.stem}-probabilities.tif")
     paths, old = ([out, beside], []) if kind else ([out], [beside])
     scheme, size = predictor.scheme, 1 + (predictor.scheme.num_classes * np.dtype(kind).itemsize if kind else 0)

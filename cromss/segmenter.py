@@ -137,7 +137,7 @@ predict_scene(predictor, {IMAGES}, "map.tif")"""
 
 def _card(config):
     "README.md of a predictor's folder."
-    rows = "\n".join(f"| {s} | {c['sensor']['title'] or s} {c['sensor']['level']} | {', '.join(c['sensor']['bands'])} | {c['sensor']['units']} |" for s, c in config["inputs"].items())
+    rows = "\n".join(f"| {s} | {c['sensor']['title'] or s} | {', '.join(c['sensor']['bands'])} | {c['sensor']['units']} |" for s, c in config["inputs"].items())
     snippet = _SNIPPET.replace("{IMAGES}", "{" + ", ".join(f'"{s}": "{s}.tif"' for s in config["inputs"]) + "}")
     return f"""---
 library_name: segmentation-models-pytorch
@@ -178,7 +178,9 @@ def load_predictor(
 ):           # Segmenter, in eval mode
     "The Segmenter of a folder. Raises WeightsError for a folder that holds none, or a damaged one."
     if str(place).startswith("hf://"): place = pull(place)
-    folder = Path(place) / "predictor" if (Path(place) / "config.yaml").is_file() else Path(place)
+    is_run = (Path(place) / "config.yaml").is_file()
+    folder = Path(place) / "predictor" if is_run else Path(place)
+    if is_run and not folder.is_dir(): raise WeightsError(f"{place}: a run without a predictor; cromss finetune --encoders {place} makes one, and ends with it")
     config, blob = read_folder(folder, FORMAT, VERSION, ("inputs", "classes", "network"), "predictor")
     try:
         with torch.random.fork_rng(devices=[]):

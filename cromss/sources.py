@@ -527,7 +527,7 @@ def _align(source, values, grid, target):
     problem = misfit(grid, target)
     if problem is None: return values
     if source.allow_resample: return resample(values, grid, target)
-    raise DataError(f"{grid.path}: {problem} (compared with {target.path}); bring it to that grid, or pass allow_resample=True (--allow-resample)")
+    raise DataError(f"{grid.path}: {problem} (compared with {target.path}); bring it to that grid, or pass allow_resample=True (cromss prepare --allow-resample)")
 
 # %% ../nbs/04_sources.ipynb #86c06510
 def _season(source, where, name, files, grid):

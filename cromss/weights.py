@@ -487,6 +487,7 @@ def _local(place):
 def _of_run(folder, sensor):
     "The folder of a sensor's encoder in a run's."
     there = sorted(f.name for f in (folder / "encoders").glob("*") if (f / "config.json").is_file())
+    if (folder / "predictor").is_dir(): raise WeightsError(f"{folder}: a downstream run, which leaves a predictor; give the pretraining run that its encoders came from")
     if not there: raise WeightsError(f"{folder}: the run has no encoders yet; they are written when it ends")
     if sensor is None and len(there) == 1: sensor = there[0]
     if sensor not in there: raise WeightsError(f"{folder}: sensor={sensor!r}: the run has encoders of {', '.join(there)}; give one of these")

@@ -326,7 +326,7 @@ def test_finetune_refuses_in_one_line(tokens, message, tmp_path, capsys):
 
 def test_a_configuration_of_another_kind_is_refused(trained, capsys):
     assert cli.main(["pretrain", "--resume", str(trained[0])]) == 2
-    assert "of a transfer run, where one of pretrain is needed" in capsys.readouterr().err
+    assert "a transfer run, where one of pretrain is needed" in capsys.readouterr().err
 
 
 def test_evaluate(trained, tiles, capsys):

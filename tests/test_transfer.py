@@ -1,6 +1,7 @@
 "Downstream runs: tiles, starting points, what frozen means, going on, the published quirks, and comparisons."
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from cromss.pretraining import open_data
 from cromss.runs import Run
 from cromss.scenes import ScenesSource
 from cromss.segmenter import load_predictor
-from cromss.sensors import SENSORS
+from cromss.sensors import BAND_SUBSETS, SENSORS, decode
 from cromss.store import write_store
 from cromss.transfer import TransferData, choose_tiles, compare, evaluate, finetune, gains, grid, newest_pretraining, rate_factor, segmentation_loss, starting_weights, summary_table
 from cromss.weights import load_encoder, save_encoder
@@ -94,8 +95,24 @@ def test_patches_of_a_place_stay_together(folder):
 def test_what_cannot_be_split(scenes, folder):
     one = prepare(ScenesSource(count=1, size=64), folder / "one", progress=False)
     with pytest.raises(ConfigError, match="one place cannot be both trained and tested on"): choose_tiles(tiny(folder, one), one)
-    with pytest.raises(ConfigError, match="the same tiles are trained on"): choose_tiles(tiny(folder, scenes, test=str(scenes.folder)), scenes, scenes)
+    with pytest.raises(ConfigError, match="tiles of it are trained on as well"): choose_tiles(tiny(folder, scenes, test=str(scenes.folder)), scenes, scenes)
     with pytest.raises(DataError, match="0 labelled tiles to train on"): choose_tiles(tiny(folder, scenes, test_places=",".join(map(str, scenes.keys))), scenes)
+
+
+def test_patches_that_overlap_test_patches_are_left_out(folder):
+    store = prepare(ScenesSource(count=1, size=80, seasons=1), folder / "s", patch=32, progress=False)      # the last of a row is moved inward
+    tiles = choose_tiles(tiny(folder, store, test_fraction=0.3), store)
+    def pixels(part):
+        corners = [map(int, store.key(int(i)).partition("@")[2].split(",")) for i in part]
+        return {(r + i, c + j) for r, c in corners for i in range(32) for j in range(32)}
+    assert len(tiles.train) and not pixels(tiles.train) & pixels(tiles.test) and tiles.left_out == len(store) - len(tiles.train) - len(tiles.test) > 0 and "left out" in str(tiles)
+    assert len(choose_tiles(tiny(folder, store, test_fraction=0.2, train_fraction=0.5), store).train) < len(choose_tiles(tiny(folder, store, test_fraction=0.2), store).train)
+
+
+def test_tiles_of_another_store_must_be_others(scenes, folder):
+    part = prepare(ScenesSource(count=3, size=32, seasons=2), folder / "part", progress=False)
+    with pytest.raises(ConfigError, match="tiles of it are trained on as well"): choose_tiles(tiny(folder, scenes, test=str(part.folder)), scenes, part)
+    with pytest.raises(ConfigError, match="test_places=.* are places of `data`, and `test` names other tiles"): tiny(folder, scenes, test="x", test_places="y")
 
 
 # starting points
@@ -163,7 +180,7 @@ def test_a_run_leaves_what_is_needed(scenes, folder, encoders):
     run = finetune(tiny(folder, scenes, encoders=encoders["s2"], validation=0.2))
     files, summary = run.files(), run.summary()
     assert {"config.yaml", "confusion.csv", "data.json", "figures/confusion.png", "figures/maps.png", "metrics.csv", "predictor/model.safetensors", "progress.log", "summary.json"} <= set(files)
-    assert not [f for f in files if f.endswith(".ckpt")] and "encoder of s2" in (run.folder / "predictor" / "README.md").read_text() or "s2 from" in (run.folder / "predictor" / "README.md").read_text()
+    assert not [f for f in files if f.endswith(".ckpt")] and "s2 from" in (run.folder / "predictor" / "README.md").read_text()
     counts = pd.read_csv(run.folder / "confusion.csv", index_col=0).to_numpy()
     assert counts.sum() == 5 * 2 * 32 * 32 and summary["oa"] == counts.trace() / counts.sum() and len(summary["iou"]) == 9
     assert {"val_miou", "val_oa", "train_loss"} <= set(run.metrics().columns) and len(run.metrics()) == 2
@@ -236,7 +253,7 @@ def test_a_loss_that_is_no_number_ends_the_run(scenes, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(target="reference", data="{none}"), "target='reference': .* has none; choose target='labels'"),
+    (dict(target="reference", data="{none}"), "has labels and no reference; choose target='labels'"),
     (dict(architecture="deeplabv3plus", encoder_depth=None, decoder_channels=None, batch_size=1), "the network cannot take such a batch"),
     (dict(encoder="resnet1"), "encoder='resnet1'"),
     (dict(sensors="s1", bands={"s1": ["HH"]}), "no band HH")])
@@ -282,6 +299,61 @@ def test_a_raw_store_gives_values_that_are_not_cut(folder):
     assert (seen["s2"] == 9000).all()
 
 
+def test_a_test_store_of_another_coding(scenes, folder):
+    source = ScenesSource(count=4, size=32, seasons=1, seed=9)
+    coded = prepare(source, folder / "coded", progress=False)
+    def raw(location): return replace(location, images={"s2": [decode(image, SENSORS["s2"]) - 4 * np.float32(np.reshape(SENSORS["s2"].std, (-1, 1, 1))) * 0.5 / 255 for image in location.images["s2"]]})
+    plain = written(folder / "raw", map(raw, map(source.read, source.keys())), {"s2": SENSORS["s2"]}, coding="raw")
+    runs = [finetune(tiny(folder, scenes, test=str(store.folder), name=name)).summary() for name, store in (("coded", coded), ("raw", plain))]
+    assert runs[0]["support"] == runs[1]["support"] and abs(runs[0]["oa"] - runs[1]["oa"]) < 0.002
+
+
+def damage(store):
+    shard = next(p for p in store.folder.rglob("*") if p.is_file() and p.stat().st_size > 100_000)
+    whole = shard.read_bytes()
+    blob = bytearray(whole)
+    for at in range(20_000, len(blob) - 4096, 9973): blob[at] ^= 255
+    shard.write_bytes(blob)
+    return lambda: shard.write_bytes(whole)
+
+
+def test_a_damaged_test_tile_is_no_silent_gap(scenes, folder):
+    other = prepare(ScenesSource(count=3, size=32, seasons=1, seed=5), folder / "other", progress=False)
+    mend = damage(other)
+    config = tiny(folder, scenes, test=str(other.folder), epochs=1)
+    with pytest.raises(DataError, match="a test tile cannot be read, scene-0000"): finetune(config)
+    assert not (folder / "runs" / "run" / "summary.json").exists()
+    mend()
+    assert finetune(replace(config, resume="auto")).summary()["tiles"] == 10                        # trained already: it is only tested
+
+
+def test_a_finished_run_is_of_its_own_data_and_encoders(scenes, folder, encoders):
+    other = prepare(ScenesSource(count=2, size=32, seasons=1, seed=5), folder / "other", progress=False)
+    shutil.copytree(encoders["s2"], folder / "encoder")
+    config = tiny(folder, scenes, test=str(other.folder), epochs=1, encoders=str(folder / "encoder"))
+    run = finetune(config)
+    shutil.rmtree(folder / "encoder")
+    assert finetune(replace(config, resume="auto")).summary() == run.summary()                        # finished: it needs them no more
+    torch.manual_seed(5)
+    save_encoder(CrossModalSegmenter({"s2": 13}, encoder="resnet18", encoder_depth=3, decoder_channels=(16, 8, 8)), "s2", folder / "encoder")
+    with pytest.raises(ConfigError, match="began with another encoder of s2"): finetune(replace(config, resume="auto"))
+    shutil.rmtree(folder / "encoder")
+    shutil.rmtree(other.folder)
+    prepare(ScenesSource(count=2, size=32, seasons=1, seed=6), folder / "other", progress=False)
+    with pytest.raises(ConfigError, match="the data are no longer those that the run began with"): finetune(replace(config, resume="auto"))
+
+
+def test_a_tile_is_tested_as_if_it_were_alone(folder):
+    "Tiles of another size in the store do not change what the network sees of it."
+    large, small = (ScenesSource(count=2, size=size, seasons=1, seed=size) for size in (96, 32))
+    def named(location): return replace(location, key=f"{location.key}-{location.images['s2'][0].shape[-1]}")
+    both = written(folder / "both", map(named, [*map(large.read, large.keys()), *map(small.read, small.keys())]), large.sensors)
+    model = module.make_segmenter(tiny(folder, both), {"s2": None}, both).eval()
+    sizes = np.array([both.shape(i)[0] for i in range(4)])
+    alone = [evaluate(model, both, tiny(folder, both), np.flatnonzero(sizes == size))["confusion"] for size in (32, 96)]
+    assert evaluate(model, both, tiny(folder, both))["confusion"] == (np.array(alone[0]) + alone[1]).tolist()
+
+
 # tests of what was trained
 
 def test_evaluate_is_the_runs_own_figure(scenes, folder):
@@ -317,11 +389,31 @@ def test_a_grid_is_run_once(scenes, folder, encoders, monkeypatch):
     calls, real = [], module.fit
     monkeypatch.setattr(module, "fit", lambda *given: calls.append(given[0].folder.name) or real(*given))
     whole = compare(cells[:6], progress=False)
-    assert len(calls) == 2 and whole[:4].equals(table) and whole.columns.tolist() == ["sensors", "start", "mode", "fraction", "seed", "oa", "aa", "miou", "mf1", "run"]
+    assert len(calls) == 2 and whole[:4].equals(table) and whole.columns.tolist() == ["sensors", "start", "mode", "fraction", "seed", "tiles", "oa", "aa", "miou", "mf1", "run"]
     figures = summary_table(whole)
     assert figures.shape == (3, 4) and "±" in figures.loc[("s2", "random", "frozen"), "mIoU"]
     gained = gains(whole)
     assert gained.loc[("s2", "ours", "frozen", 1.0), "better in"].endswith("of 2")
+
+
+def test_random_weights_are_those_of_the_same_network(scenes, folder, tmp_path):
+    torch.manual_seed(0)
+    nine = save_encoder(CrossModalSegmenter({"s2": 9}, encoder="resnet34", encoder_depth=3, decoder_channels=(16, 8, 8)), "s2", tmp_path / "nine", spec=SENSORS["s2"].select(BAND_SUBSETS[9]))
+    cells = {row["start"]: c for row, c in grid(tiny(folder, scenes), {"random": "random", "ours": str(nine)}, "frozen", 0)}
+    assert cells["random"].encoder == "resnet34" and cells["random"].bands == {"s2": list(BAND_SUBSETS[9])}
+
+
+def test_names_of_starts_become_folders(scenes, folder):
+    cells = grid(tiny(folder, scenes), {"MoCo (S2)": "random"}, "frozen", 0, places="scene-00001,scene-00002")
+    assert [c.name for _, c in cells] == ["s2-MoCo__S2_-frozen-1.0-0-scene-00001", "s2-MoCo__S2_-frozen-1.0-0-scene-00002"]
+    with pytest.raises(ConfigError, match="two runs would have this name"): grid(tiny(folder, scenes), {"a b": "random", "a_b": "random"}, "frozen", 0)
+
+
+def test_another_setting_under_the_same_name(scenes, folder):
+    config = tiny(folder, scenes, epochs=1)
+    compare(grid(config, {"random": "random"}, "frozen", 0), progress=False)
+    with pytest.raises(ConfigError, match="batch_size is 4 there and 2 here; leave it as it is, or choose another `name`"):
+        compare(grid(replace(config, batch_size=2), {"random": "random"}, "frozen", 0), progress=False)
 
 
 def test_every_place_in_turn(scenes, folder):
