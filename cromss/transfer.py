@@ -401,7 +401,8 @@ def open_task(
 ):            # Store to train on, Store to test on or None
     "The stores of a task, prepared if need be. Raises ConfigError or DataError."
     if config.preset != "demo" and config.data.split(":")[0] == "scenes": raise ConfigError(f"preset={config.preset!r} is for other tiles than the built-in scenes: give `data`, and `test`")
-    stores = open_data(config), open_data(replace(config, data=config.test)) if config.test else None
+    every = replace(config, bands=None)                  # a run chooses among the bands of its store: other runs may choose others
+    stores = open_data(every), open_data(replace(every, data=config.test)) if config.test else None
     for store in filter(None, stores):
         dropped = store.manifest.get("info", {}).get("report", {}).get("dropped", {})
         if dropped: warnings.warn(f"{store.folder.name}: left out when it was prepared: {', '.join(f'{len(keys)} ({reason})' for reason, keys in dropped.items())}")

@@ -403,6 +403,13 @@ def test_random_weights_are_those_of_the_same_network(scenes, folder, tmp_path):
     assert cells["random"].encoder == "resnet34" and cells["random"].bands == {"s2": list(BAND_SUBSETS[9])}
 
 
+def test_starts_of_other_bands_share_a_store(folder, encoders, tmp_path):
+    torch.manual_seed(0)
+    nine = save_encoder(CrossModalSegmenter({"s2": 9}, encoder="resnet18", encoder_depth=3, decoder_channels=(16, 8, 8)), "s2", tmp_path / "nine", spec=SENSORS["s2"].select(BAND_SUBSETS[9]))
+    cells = grid(tiny(folder, data="scenes:balanced-40:1:6", epochs=1), {"random": "random", "nine": str(nine), "all": encoders}, "frozen", 0)
+    assert compare(cells, progress=False)["start"].tolist() == ["random", "nine", "all"] and len(list((folder / "stores").iterdir())) == 1
+
+
 def test_names_of_starts_become_folders(scenes, folder):
     cells = grid(tiny(folder, scenes), {"MoCo (S2)": "random"}, "frozen", 0, places="scene-00001,scene-00002")
     assert [c.name for _, c in cells] == ["s2-MoCo__S2_-frozen-1.0-0-scene-00001", "s2-MoCo__S2_-frozen-1.0-0-scene-00002"]
