@@ -409,8 +409,8 @@ def plot_learning(
     axis = drawn.subplots()
     for name, color in _colors(list(curves)).items():
         values = pd.concat([c.set_index("epoch")[column] for c in curves[name]], axis=1)
-        axis.plot(values.index + 1, values.mean(1), color=color, label=name)
-        axis.fill_between(values.index + 1, values.min(1), values.max(1), color=color, alpha=.2, linewidth=0)
+        axis.plot(values.index + 1, values.mean(axis=1), color=color, label=name)
+        axis.fill_between(values.index + 1, values.min(axis=1), values.max(axis=1), color=color, alpha=.2, linewidth=0)
     axis.set_xlabel("epoch", fontsize=9)
     axis.set_ylabel(column.replace("_", " "), fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from cromss.classes import IGNORE, SCHEMES
 from cromss.config import DataError
 from cromss.dataset import Split
-from cromss.plots import (class_table, legend, outline, panels, plot_confidence, plot_curves, plot_noise, plot_places, plot_predictions, plot_report, plot_samples, plot_selection,
+from cromss.plots import (class_table, legend, outline, panels, plot_comparison, plot_confidence, plot_confusion, plot_curves, plot_differences, plot_learning, plot_noise, plot_places, plot_predictions, plot_report, plot_samples, plot_selection,
                           plot_smoothing, present, sar_composite, stretch, true_color)
 from cromss.scenes import ScenesSource
 from cromss.sensors import SENSORS, to_unit
@@ -211,3 +211,48 @@ def test_places_are_drawn(tmp_path):
     assert figure.axes[0].get_title() == "2 locations; 1 without a place" and {t.get_text() for t in figure.axes[0].get_legend().get_texts()} == {"to train on: 1", "held out: 1"}
     Store.centers = lambda self: np.full((2, 2), np.nan)
     with pytest.raises(DataError, match="none has a CRS"): plot_places(Store())
+
+
+# a task with exact labels
+
+def compared(fractions=(1.0,)):
+    "A table of two starts, two modes and two seeds."
+    rows = [dict(sensors="s2", start=start, mode=mode, fraction=f, seed=seed, miou=.3 + .2 * (start == "ours") + .01 * seed + .1 * f)
+            for start in ("random", "ours") for mode in ("frozen", "finetuned") for f in fractions for seed in (0, 1)]
+    return pd.DataFrame(rows)
+
+
+def test_a_comparison_shows_every_run():
+    figure = plot_comparison(compared())
+    assert [axis.get_title() for axis in figure.axes] == ["frozen", "finetuned"]
+    dots = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [d.tolist() for d in dots] == [pytest.approx([40, 41]), pytest.approx([60, 61])]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["random, s2", "ours, s2"]
+
+
+def test_a_comparison_over_fractions_is_curves():
+    figure = plot_comparison(compared((.1, .5, 1.0)))
+    line = figure.axes[0].containers[0].lines[0]
+    assert line.get_xdata().tolist() == [.1, .5, 1.0] and line.get_ydata().tolist() == pytest.approx([31.5, 35.5, 40.5]) and figure.axes[0].get_xscale() == "log"
+
+
+def test_learning_curves_are_means_over_seeds():
+    curves = {"ours": [pd.DataFrame({"epoch": [0, 1], "train_loss": [3.0, 2.0]}), pd.DataFrame({"epoch": [0, 1], "train_loss": [4.0, 2.0]})]}
+    line, = plot_learning(curves).axes[0].lines
+    assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == [3.5, 2.0]
+
+
+def test_the_confusion_is_in_percent_of_the_reference_and_of_classes_that_occur():
+    counts = np.zeros((9, 9), int)
+    counts[0, 0], counts[0, 4], counts[4, 4] = 75, 25, 2000
+    axis = plot_confusion(counts, SCHEME).axes[0]
+    assert [t.get_text() for t in axis.texts] == ["75", "25", "100"] and [t.get_text() for t in axis.get_yticklabels()] == ["water (100)", "crops (2k)"]
+
+
+def test_differences_are_drawn_where_the_map_is_wrong():
+    truth = np.array([[0, 0], [1, 255]])
+    sample = {"image_s2": np.full((13, 2, 2), .5, np.float32), "reference": truth, "prediction": np.array([[0, 1], [1, 1]]), "key": "here"}
+    figure = plot_differences([sample], {"s2": SENSORS["s2"]}, SCHEME)
+    shown = np.asarray(figure.axes[-1].images[0].get_array())
+    assert (shown[0, 0] == 255).all() and (shown[0, 1] == SCHEME.rgb()[1]).all() and (shown[1, 0] == 255).all() and not (shown[1, 1] == 255).all()
+    assert "33% wrong" in figure.axes[-1].get_xlabel()
