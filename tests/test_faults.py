@@ -182,7 +182,7 @@ def test_a_step_that_cannot_be_shared_evenly_is_refused(scenes, tmp_path, unfini
 
 # numbers that overflow, hardware that is not there
 
-def scaled(config, run, ranks=None, callbacks=()):
+def scaled(config, run, ranks=None, callbacks=(), bar=None):
     "A trainer with float16's scaler around float32 arithmetic: what a GPU does, on any machine."
     from lightning.pytorch.plugins.precision import MixedPrecision
     class Scaled(MixedPrecision):

@@ -520,8 +520,9 @@ def test_an_image_is_no_place_for_a_map(optical, tmp_path):
     images = one(tmp_path, 60, 60)
     os.link(images["s2"], tmp_path / "linked.tif")
     for out in ("s2.tif", "linked.tif"): refused(lambda: quiet(optical, images, tmp_path / out, overwrite=True), "one of the images", error=ConfigError)
-    (tmp_path / "folder").mkdir()
-    refused(lambda: quiet(optical, images, tmp_path / "folder", overwrite=True), "is a folder", error=ConfigError)
+    (tmp_path / "folder.tif").mkdir()
+    refused(lambda: quiet(optical, images, tmp_path / "folder.tif", overwrite=True), "is a folder", error=ConfigError)
+    refused(lambda: quiet(optical, images, tmp_path / "map.png"), "map.png", "name it map.tif", error=ConfigError)
     assert read(images["s2"]).shape == (4, 60, 60)
 
 
