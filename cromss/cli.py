@@ -293,9 +293,7 @@ def _module(place, sensor, side):
     if not sensor and ((folder / "predictor").is_dir() or _format(folder) == "cromss-predictor"):
         model = load_predictor(place)
         return model, {name: values(spec) for name, spec in model.sensors.items()}
-    weights = open_weights(place, sensor)
-    encoder = weights.build()
-    encoder.spec, encoder.contract = weights.contract.sensor, weights.contract
+    encoder = open_weights(place, sensor).build()
     return encoder, torch.rand(2, encoder.spec.num_bands, side, side)
 
 def _format(folder):

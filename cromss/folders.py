@@ -19,13 +19,13 @@ FILES = ("model.safetensors", "config.json", "README.md")
 
 def write_folder(
     folder,           # folder to make
-    config,           # dict of plain values, with `format`, `version`, and the tensors' `sha256` and `size`
+    config,           # dict of plain values, with `format` and `version`; the tensors' `sha256` and `size` are added
     blob,             # the tensors, as safetensors' bytes
     card,             # text of README.md
     overwrite=False,  # replace a folder that holds something else
 ):                    # Path of the folder
     "Write a folder of weights, whole or not at all; one that holds the same already is left. Raises WeightsError if another is there, or the disk refuses."
-    folder = Path(folder)
+    folder, config = Path(folder), {**config, "sha256": hashlib.sha256(blob).hexdigest(), "size": len(blob)}
     if folder.exists():
         if _holds(folder, config): return folder
         if not overwrite: raise WeightsError(f"{folder}: other weights are there; choose a new folder, or give overwrite=True to replace them")

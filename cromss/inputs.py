@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCALINGS', 'InputContract', 'InputLayer', 'ValueLayer']
 
-# %% ../nbs/08a_inputs.ipynb #f4f1ade7
+# %% ../nbs/08a_inputs.ipynb #2383f034
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class InputContract:
         bands,   # names of bands, in the order they shall have
     ):
         "The same contract for these bands. Raises DataError for a band that the sensor has not."
-        return InputContract(self.sensor.select(bands), self.scaling, self.divisor, self.low, self.high)
+        return replace(self, sensor=self.sensor.select(bands))
 
     def to_dict(self):
         "The contract as a plain dict."

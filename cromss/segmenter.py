@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'Join', 'Segmenter', 'save_predictor', 'load_predictor']
 
-# %% ../nbs/16a_segmenter.ipynb #74d73aef
-import hashlib
+# %% ../nbs/16a_segmenter.ipynb #35df6260
 import json
 from pathlib import Path
 
@@ -103,7 +102,7 @@ class Segmenter(nn.Module):
         values,   # {sensor: (B, bands, H, W) in the sensor's units, NaN where there is no value}, any height and width
     ):            # (B, C, H, W) logits
         "Logits of every class. Raises DataError for a missing sensor or another number of bands."
-        height, width = values[next(iter(self.sensors))].shape[-2:] if next(iter(self.sensors)) in values else (0, 0)
+        height, width = self._given(values, next(iter(self.sensors))).shape[-2:]
         return self.head(self.decoder(self.features(values)))[..., :height, :width]
 
     # A frozen encoder gets no gradient, and its running statistics stay as they were, in training as well: `train()` cannot wake it.
@@ -170,7 +169,7 @@ def save_predictor(
     blob = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, metadata={"format": "pt"})
     config = dict(
         format=FORMAT, version=VERSION, inputs={s: c.to_dict() for s, c in model.contracts.items()}, classes=model.scheme.to_dict(), network=model.options, origins=dict(origins or {}),
-        run=str(run), created_by=f"cromss {__version__}", sha256=hashlib.sha256(blob).hexdigest(), size=len(blob))
+        run=str(run), created_by=f"cromss {__version__}")
     return write_folder(Path(folder), json.loads(json.dumps(config)), blob, _card(config), overwrite)
 
 def load_predictor(

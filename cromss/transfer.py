@@ -16,6 +16,7 @@ import math
 import re
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from .pretraining import (PatchDataModule, Sums, begin, check_same_data, check_s
                                 used_bands)
 from .runs import Run, list_runs, write_whole
 from .segmenter import Segmenter, load_predictor, save_predictor
+from .sensors import band_subset
 
 # %% ../nbs/18_transfer.ipynb #a19ff709
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _weights(config, place, sensor, has):
     spec, asked = weights.contract.sensor, (config.bands or {}).get(sensor)
     if spec.level and has.level and spec.level != has.level: weights = _other_level(config, weights, has)
     lacking = [b for b in spec.bands if b not in has.bands]
-    if asked: return weights.choose(used_bands(replace(config, sensors=(sensor,)), _Only(has))[sensor], config.match)
+    if asked: return weights.choose(band_subset(has, asked), config.match)
     if config.match == "name": return weights.choose([b for b in spec.bands if b in has.bands], "name")
     if lacking: raise WeightsError(f"{config.data} has {sensor} {', '.join(has.bands)}; {weights.origin} also needs {', '.join(lacking)}; match='name' (--match name) uses the bands that both have")
     return weights
@@ -153,10 +155,6 @@ def _other_level(config, weights, has):
         raise WeightsError(f"{config.data} has {spec.name} of {has.level}; {weights.origin} was made for {spec.level}, whose values differ; prepare {spec.level}, choose another encoder, or take it all the same by match='name'")
     warnings.warn(f"{weights.origin}: made for {spec.level}, used on {has.level}, whose values differ")
     return replace(weights, contract=replace(weights.contract, sensor=replace(spec, level=has.level, title=has.title)))
-
-class _Only:
-    "What `used_bands` asks of a store: its sensors."
-    def __init__(self, sensor): self.sensors = {sensor.name: sensor}
 
 def make_segmenter(
     config,    # TransferConfig
@@ -418,15 +416,9 @@ def finetune(
     loggers(config, Run(config.runs, config))            # makes nothing; says now if one is not installed
     store, test_store = stores or open_task(config)
     check_same_data(earlier, store, test_store)
-    done = bool(earlier and earlier.summary())
-    try: data, task, weights = _make_task(config, store, test_store)
-    except WeightsError:
-        if not done: raise                               # a finished run needs its encoders no more
-    else: _check_same_encoders(earlier, data)
-    if done:
-        if bar: bar.add(earlier.summary()["steps"])
-        else: print(f"{earlier.place} was finished already: nothing is trained", file=sys.stderr)
-        return earlier
+    if earlier and earlier.summary(): return _finished(earlier, config, store, bar)
+    data, task, weights = _make_task(config, store, test_store)
+    if earlier: _check_same_encoders(earlier, config, data.encoders)
     _check_batch(config, task, data.train.crop)
     data.loader()                                        # says now if no test batch is complete
     check_shared_memory(data, config)
@@ -437,18 +429,27 @@ def finetune(
     _finish(run, task.to(trainer.strategy.root_device), data, weights)
     return run
 
-def _check_same_encoders(run, data):
-    "Raise ConfigError if the place that encoders came from holds other ones now."
-    was = json.loads((run.folder / "data.json").read_text(encoding="utf-8")).get("encoders") if run and (run.folder / "data.json").exists() else None
-    for s, digest in (was or {}).items():
-        if digest != data.encoders[s]: raise ConfigError(f"{run.place}: began with another encoder of {s} than lies at {data.config.encoders} now; choose another `name`")
+def _finished(run, config, store, bar):
+    "A finished run, which needs its encoders no more; but if they are there, they must be the same."
+    try: _check_same_encoders(run, config, _digests(starting_weights(config, store)))
+    except WeightsError: pass
+    if bar: bar.add(run.summary()["steps"])
+    else: print(f"{run.place} was finished already: nothing is trained", file=sys.stderr)
+    return run
 
-def _digest(weights):
-    "A checksum of an encoder's tensors; None of random ones."
-    if weights is None: return None
-    whole = hashlib.sha256()
-    for name in sorted(weights.tensors): whole.update(name.encode() + weights.tensors[name].contiguous().numpy().tobytes())
-    return whole.hexdigest()[:16]
+def _check_same_encoders(run, config, digests):
+    "Raise ConfigError if the place that encoders came from holds other ones now."
+    was = json.loads((run.folder / "data.json").read_text(encoding="utf-8")).get("encoders") if (run.folder / "data.json").exists() else None
+    for s, digest in (was or {}).items():
+        if digest != digests[s]: raise ConfigError(f"{run.place}: began with another encoder of {s} than lies at {config.encoders} now; choose another `name`")
+
+def _digests(weights):
+    "A checksum of each encoder's tensors, {sensor: text}; None of random ones."
+    def digest(tensors):
+        whole = hashlib.sha256()
+        for name in sorted(tensors): whole.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        return whole.hexdigest()[:16]
+    return {s: w and digest(w.tensors) for s, w in weights.items()}
 
 def describe(
     config,   # TransferConfig
@@ -467,7 +468,7 @@ def _make_task(config, store, test_store):
     torch.set_float32_matmul_precision("high")
     model = make_segmenter(config, weights, store)
     data = TransferData(config, store, {s: spec.bands for s, spec in model.sensors.items()}, test_store)
-    data.encoders = {s: _digest(w) for s, w in weights.items()}
+    data.encoders = _digests(weights)
     return data, TransferTask(config, model, store), weights
 
 def _check_batch(config, task, side):
@@ -543,7 +544,7 @@ def grid(
         own = dict(sensors=sensors, bands=bands, encoders=encoders, mode=mode, train_fraction=float(fraction), seed=seed, name=name, runs=str(Path(config.runs) / (config.name or "transfer")))
         own |= ({"test_places": (place,)} if place else {}) | (like(sensors) if encoders == "random" else {})
         cells.append((row, replace(config, **own)))
-    twice = {c.name for _, c in cells if sum(c.name == other.name for _, other in cells) > 1}
+    twice = [name for name, count in Counter(c.name for _, c in cells).items() if count > 1]
     if twice: raise ConfigError(f"{min(twice)}: two runs would have this name; give starts, seeds and places once, with names that differ in letters and digits")
     return cells
 

@@ -36,18 +36,18 @@ from .inputs import InputContract, InputLayer
 from .models import CrossModalSegmenter, OWN_ENCODERS, build_network
 from .sensors import BAND_SUBSETS, SENSORS, Sensor, normalize_band
 
-# %% ../nbs/15_weights.ipynb #e40f34f1
+# %% ../nbs/15_weights.ipynb #e60d1b0d
 FORMAT, VERSION = "cromss-encoder", 1   # of the folder; the version is raised when a key changes its meaning
 CODING = "uint8 = clip to mean +- 2 std"  # the published coding; networks see the byte over 255
 
-def _describe(model, sensor, spec, scheme, run, blob):
-    "The contents of config.json."
+def _describe(model, sensor, spec, scheme, run):
+    "The contents of config.json, but for the tensors' checksum."
     options = {k: v for k, v in model.options.items() if k not in ("bands", "num_classes", "fusion", "norm") and v is not None}
     options["encoder_depth"] = getattr(model.encoder(sensor), "_depth", None) or options.get("encoder_depth")      # of the architecture, if it was not given
     return dict(
         format=FORMAT, version=VERSION, sensor=spec.to_dict(), coding=CODING, network=json.loads(json.dumps(options)), fusion=model.options["fusion"],
         class_scheme=scheme.name if scheme else None, classes=list(scheme.names) if scheme else None,
-        run=str(run), created_by=f"cromss {__version__}", sha256=hashlib.sha256(blob).hexdigest(), size=len(blob))
+        run=str(run), created_by=f"cromss {__version__}")
 
 def _spec(model, sensor, spec):
     "The Sensor that describes the model's input, checked against its number of bands."
@@ -164,7 +164,7 @@ def save_encoder(
     "Write one sensor's encoder as a portable folder. Raises WeightsError if it cannot be described, another is there, or the disk refuses."
     spec = _spec(model, sensor, spec)
     blob = save({k: v.detach().cpu().contiguous() for k, v in model.encoder(sensor).state_dict().items()}, metadata={"format": "pt"})
-    config = _describe(model, sensor, spec, scheme, run, blob)
+    config = _describe(model, sensor, spec, scheme, run)
     return write_folder(Path(folder), config, blob, _card(config), overwrite)
 
 # %% ../nbs/15_weights.ipynb #eea2bcfc
@@ -203,8 +203,10 @@ class EncoderWeights:
     def _refuse(self, reason): raise WeightsError(f"{self.origin}: the tensors are not those of {self.encoder}, as the network has it: {reason}")
 
     def build(self):
-        "The encoder as it was trained, in eval mode: an smp module. Raises WeightsError if the tensors are not its own."
-        return self.fill(self._random(self.contract.sensor.num_bands)).eval()
+        "The encoder as it was trained, in eval mode: an smp module; its attributes `contract` and `spec` say what it expects. Raises WeightsError if the tensors are not its own."
+        encoder = self.fill(self._random(self.contract.sensor.num_bands)).eval()
+        encoder.contract, encoder.spec = self.contract, self.contract.sensor
+        return encoder
 
     def choose(
         self,
@@ -500,10 +502,7 @@ def load_encoder(
     sensor=None,      # whose encoder; needed where there are several
 ):                    # smp encoder, in eval mode; its attributes `contract` and `spec` are the InputContract and the Sensor it expects
     "One sensor's encoder. Raises WeightsError for damaged or hostile files, and for bands that do not fit (expected and got are listed)."
-    weights = _open(place, sensor).choose(bands, match)
-    encoder = weights.build()
-    encoder.contract, encoder.spec = weights.contract, weights.contract.sensor
-    return encoder
+    return _open(place, sensor).choose(bands, match).build()
 
 # %% ../nbs/15_weights.ipynb #78685b57
 class _Contract(InputLayer):
