@@ -47,9 +47,10 @@ pretrain: setup  ## pretrain on the built-in scenes by papermill (NAME=..., ARGS
 	@echo "To read it, open     $(RUN)/pretrain.html   (or pretrain.ipynb, in JupyterLab)"
 	@echo "Its curves live      $(BIN)/tensorboard --logdir runs"
 
-test: setup  ## run the notebooks as tests, then pytest; the checkout is left as it is
+# worksteal: tests of a file stay in one process, for they share what is costly, until the other process has nothing left to do
+test: setup  ## run the notebooks as tests, then pytest, by two processes; the checkout is left as it is
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(PY) -m pytest tests -q -ra -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -ra -p no:cacheprovider -n 2 --dist worksteal
 
 bench: setup  ## time the published steps, transcribed, and ours by turns; writes bench/results.md (about 10 minutes, on a machine with nothing else to do)
 	$(PY) bench/bench.py $(ARGS)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, default_collate
 
 from .classes import IGNORE
-from .config import DataError, StoreError
+from .config import ConfigError, DataError, StoreError
 from .sensors import to_unit, unit_values
 from .smoothing import kernel_radius, prior_maps, smoothing_prior
 
@@ -52,7 +52,7 @@ def draw(
     return Draw(int(seasons[rng.integers(len(seasons))]), int(row), int(column), flip, turns, float(angle))
 
 # %% ../nbs/07_dataset.ipynb #95855ffc
-FILL = {"valid": 0, "mask": IGNORE, "season_masks": IGNORE, "reference": IGNORE}   # images and priors are filled with 0
+FILL = {"valid": 0, "mask": IGNORE, "season_masks": IGNORE, "reference": IGNORE, "origin": -1}   # images and priors are filled with 0
 
 def cut(
     array,       # (..., H, W)
@@ -86,8 +86,9 @@ def flip_and_turn(
 def _codes(flip, turns): return _FLIPS.get(tuple(map(bool, flip))), _TURNS.get(turns % 4)
 
 def _layers(array):
-    "The array as (n, H, W) that OpenCV takes, a view."
-    return (array.view(np.uint8) if array.dtype == bool else array).reshape(-1, *array.shape[-2:])
+    "The array as (n, H, W) that OpenCV takes, a view: flips and turns move bits, whatever they mean."
+    known = {np.dtype(bool): np.uint8, np.dtype(np.int64): np.float64}
+    return array.view(known.get(array.dtype, array.dtype)).reshape(-1, *array.shape[-2:])
 
 def _turn_layer(source, target, flip, turn):
     if flip is None and turn is None: target[:] = source
@@ -157,7 +158,10 @@ class PatchDataset(Dataset):
         region=None,      # (row0, row1, column0, column1) in fractions of the patch that crops come from; None: all
         values=False,     # leave images of a raw store in the sensor's units, NaN where it says so; those of a uint8 store are in [0, 1] all the same
         lean=False,       # leave out what a training step does not use, `season_masks` and `reference`, and give labels, and images of a uint8 store, as bytes, for `to_images`
+        extras=(),        # what some methods need beside: "season_masks"; "origin", the number of every pixel in this dataset
     ):
+        if rotation and "origin" in extras: raise ConfigError("rotation=True: a method that remembers every pixel cannot follow free angles; give rotation=False")
+        self.extras = tuple(extras) if lean else ("season_masks", *extras)
         self.store, self.crop, self.seed, self.augment, self.rotation, self.values, self.lean = store, crop, seed, augment, rotation, values, lean
         self.smoothing = smoothing if smoothing and smoothing.kind != "none" and smoothing.prior_weight > 0 else None
         self.later = False                                                   # leave priors to `later_prior`, on another device: see `may_wait`
@@ -245,7 +249,9 @@ class PatchDataset(Dataset):
 
     def _made(self, location, chosen, arrays, labels):
         "The sample of whole-patch arrays and the labels of all seasons."
-        arrays = arrays | {"mask": labels[chosen.season]} | ({} if self.lean else {"season_masks": labels})
+        arrays = arrays | {"mask": labels[chosen.season]}
+        if "season_masks" in self.extras: arrays["season_masks"] = labels
+        if "origin" in self.extras: arrays["origin"] = self._origin(location, chosen.season)
         sample = self._images(arrays, chosen) | {k: self._map(k, arrays[k], chosen) for k in FILL if k in arrays}
         if self.values and chosen.angle:                       # a rotation spreads what is missing
             for s in self.sensors: sample["valid"] &= sample[f"image_{s}"].isfinite().all(0)
@@ -284,6 +290,19 @@ class PatchDataset(Dataset):
         array = self._place(array, chosen, FILL[name])
         if chosen.angle: array = rotate(array, chosen.angle)
         return torch.from_numpy(array.astype(np.int64) if name in ("mask", "reference") and not self.lean else array)
+
+    @property
+    def pixels(self):
+        "How many pixels `origin` numbers: those of all seasons of all locations."
+        return int(self._pixel_ends()[-1]) * self.store.season_count
+
+    def _pixel_ends(self): return np.cumsum([0, *self.store.shapes[self.locations].prod(1, dtype=np.int64)])
+
+    def _origin(self, location, season):
+        "The number of each pixel of a location's season, int64 (H, W), from 0 to `pixels` - 1."
+        place, ends = int(np.flatnonzero(self.locations == location)[0]), self._pixel_ends()
+        first = int(ends[place]) + season * int(ends[-1])
+        return np.arange(first, first + int(ends[place + 1] - ends[place])).reshape(self.store.shape(location))
 
     def _place(self, array, chosen, fill=0, out=None):
         return flip_and_turn(cut(array, chosen.row, chosen.column, self.crop, fill), chosen.flip, chosen.turns, out)

@@ -41,11 +41,12 @@ from .checkpoints import Checkpoints, Interrupted, Interruption, WholeCheckpoint
 from .classes import IGNORE, load_scheme
 from .config import ConfigError, DataError, PretrainConfig, WeightsError, change, check_names, field_names, from_dict, preset, resolve, resume_folder, run_config, to_dict
 from .dataset import PatchDataset, StepSampler, collate, later_prior, split_locations, to_images
-from .losses import cromss_loss
+from .losses import Loss, consistency_terms, cromss_loss
 from .metrics import Confusion, segmentation_metrics
 from .models import CrossModalSegmenter
 from .parallel import Ranks, join
 from .prepare import prepare
+from .robust import make_robust
 from .runs import Run, write_whole
 from .scenes import SCENE_PRESETS, ScenesSource
 from .selection import keep_fraction, select, sensor_log_probabilities
@@ -138,8 +139,9 @@ class PatchDataModule(L.LightningDataModule):
         "The PatchDataset of a part of the split."
         c, training = self.config, part == "train"
         augment = training if augment is None else augment
+        extras = [*(["season_masks"] if c.selection and c.selection.temporal else []), *(["origin"] if c.robust and c.robust.method == "elr" else [])]
         return PatchDataset(self.store, getattr(self.split, part), c.sensors, self.bands, c.crop, c.seed, augment, c.rotation,
-                            c.smoothing if augment else None, getattr(self.split, f"{part}_region"), lean=augment)
+                            c.smoothing if augment else None, getattr(self.split, f"{part}_region"), lean=augment, extras=extras if augment else ())
 
     def facts(self):
         "What data.json says of the data: which store, how it is split, what is held out."
@@ -373,11 +375,14 @@ class CromssTask(L.LightningModule):
         bands,               # {sensor: number of bands}
         num_classes,         # C
         monitor="val_loss",  # what the plateau schedule watches: "val_loss" or "train_loss"
+        pixels=0,            # of the training set, for a method that remembers each
     ):
         super().__init__()
         self.save_hyperparameters()
         self.config = c = from_dict(config)
         self.model = make_model(c, bands, num_classes)
+        self.robust = make_robust(c.robust, c.sensors, num_classes, pixels) if c.robust else None
+        self.twin = make_model(c, bands, num_classes) if c.robust and self.robust.needs_twin else None
         self.scores = Scores(c.sensors, num_classes)
         self.ranks, self.network = Ranks(), (self.model,)     # in a tuple: the compiled network is no part of the state
         self.sums, self.val_sums, self.rate = Sums(), Sums(), c.learning_rate
@@ -405,23 +410,42 @@ class CromssTask(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self._remember()
-        log_p = sensor_log_probabilities(self(images_of(batch, self.config.sensors)))
-        selection = select(log_p, batch["mask"], self.current_epoch, self.config.selection, batch["valid"], self.ranks.sum)
-        loss = cromss_loss(log_p, self.targets(batch), selection, self.config, self.ranks.sum)
+        images = images_of(batch, self.config.sensors)
+        log_p = sensor_log_probabilities(self(images))
+        loss = self.robust_loss(log_p, images, batch) if self.robust else self.selective_loss(log_p, batch)
         if not torch.isfinite(loss.total): return self._skip(batch, loss)       # the one wait for a GPU; the loss is of all processes, so all skip or none
         self.skipped = 0
         self._add_up(loss, (batch["mask"] != IGNORE) & batch["valid"])
         return loss.total
 
+    def selective_loss(self, log_p, batch):
+        "CromSS: the selection weighs what every sensor learns."
+        selection = select(log_p, batch["mask"], self.current_epoch, self.config.selection, batch["valid"], self.ranks.sum, batch.get("season_masks"))
+        self.kept_share = selection.keep
+        return cromss_loss(log_p, self.targets(batch), selection, self.config, self.ranks.sum)
+
+    def robust_loss(self, log_p, images, batch):
+        "A conventional method, and without any weights the consistency of several sensors."
+        twin = sensor_log_probabilities(self.twin(images)) if self.twin else None
+        loss, valid = self.robust.loss(log_p, batch["mask"], batch["valid"], self.current_epoch, self.config.loss, twin, batch.get("origin")), batch["valid"].float()
+        terms = consistency_terms(log_p, dict.fromkeys(log_p, valid), self.config.consistency) if self.config.consistency != "none" else {}
+        return Loss(loss.total + sum(terms.values()), loss.parts | {f"consistency_{s}": t.detach() for s, t in terms.items()})
+
     def _add_up(self, loss, usable):
         "The loss and its parts, the share of pixels that can be learned from, and how many steps had none."
         share = self.ranks.sum(usable.float().mean()) / self.ranks.world
-        self.sums.add({"loss": loss.total.detach(), **loss.parts, "usable_share": share, "empty_steps": (share == 0).float()})
+        kept = {"keep": torch.as_tensor(self.kept_share, device=share.device)} if self.estimates else {}
+        self.sums.add({"loss": loss.total.detach(), **loss.parts, "usable_share": share, "empty_steps": (share == 0).float(), **kept})
+
+    @property
+    def estimates(self):
+        "Whether the kept fraction is estimated in every step."
+        return bool(self.config.selection) and isinstance(self.config.selection.keep, str)
 
     def epoch_figures(self):
         "The kept fraction, means over the epoch so far, and the number of its steps without a usable pixel: {name: float}."
         means, s = self.sums.means(), self.config.selection
-        keep = keep_fraction(self.current_epoch, s.ramp_epochs, s.keep, s.ramp) if s else 1.0
+        keep = means.pop("keep", math.nan) if self.estimates else keep_fraction(self.current_epoch, s.ramp_epochs, s.keep, s.ramp) if s else 1.0
         return {"keep": keep} | {f"train_{k}": v * (self.sums.count if k == "empty_steps" else 1) for k, v in means.items()}
 
     def validation_step(self, batch, batch_idx):
@@ -451,7 +475,7 @@ class CromssTask(L.LightningModule):
 
     def _remember(self, restore=False):
         "Keep the running statistics of before the step, or put them back: once not finite they would stay so."
-        now = [b for b in self.model.buffers() if b.is_floating_point()]
+        now = [b for network in (self.model, self.twin) if network for b in network.buffers() if b.is_floating_point()]
         if not restore: self.kept = [b.clone() for b in now]
         elif now: torch._foreach_copy_(now, self.kept)
 
@@ -618,8 +642,11 @@ def make_trainer(
                      enable_progress_bar=False, enable_model_summary=False)
 
 def pretrain(
-    config,       # PretrainConfig
-    store=None,   # an open Store; None: `open_data(config)`
+    config,         # PretrainConfig
+    store=None,     # an open Store; None: `open_data(config)`
+    callbacks=(),   # Lightning callbacks that watch the training
+    finish=None,    # function of (Run, CromssTask, PatchDataModule) that leaves a summary; None: scores, figures and encoders
+    bar=None,       # a bar of several runs that counts their steps, in place of this run's own lines
 ):
     "Train, evaluate, draw and export; the finished Run. Raises ConfigError or DataError before anything is made if the configuration cannot work, Interrupted if told to stop."
     ranks = join()
@@ -635,8 +662,8 @@ def pretrain(
     start = ranks.first(lambda: starting_point(earlier, config)) if earlier else None
     if start == FINISHED: return earlier
     run, task.ranks = ranks.first(lambda: begin(config, earlier, data, ranks)), ranks
-    trainer = fit(run, task, data, start)
-    ranks.first(lambda: _finish(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
+    trainer = fit(run, task, data, start, bar, callbacks)
+    ranks.first(lambda: (finish or _finish)(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
     return run
 
 def _make_task(config, store):
@@ -644,7 +671,7 @@ def _make_task(config, store):
     data = PatchDataModule(config, store)
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
-    return data, CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss")
+    return data, CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss", data.train.pixels if "origin" in data.train.extras else 0)
 
 def begin(
     config,          # PretrainConfig or TransferConfig
@@ -666,11 +693,12 @@ def fit(
     data,         # its data module, with `total_steps`
     start=None,   # checkpoint to go on from; None: the beginning
     bar=None,     # a bar of several runs that counts their steps, in place of this run's own lines
+    callbacks=(), # further Lightning callbacks
 ):
     "Train; the Trainer. Raises Interrupted if told to stop, or a data worker ends."
     checkpoints = Checkpoints(run, task.config.checkpoint_steps)
     with _quiet(), Interruption(checkpoints, task.ranks) as interruption:
-        trainer = make_trainer(task.config, run, task.ranks, (checkpoints, interruption), bar)
+        trainer = make_trainer(task.config, run, task.ranks, (*callbacks, checkpoints, interruption), bar)
         try: trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
         except RuntimeError as e:
             if "DataLoader worker (pid" not in str(e): raise            # what a worker raises itself says "in DataLoader worker process"
@@ -730,6 +758,7 @@ def process_count(
 
 def _check_devices(config, ranks):
     "Raise ConfigError where several processes are asked for and nothing has started them."
+    if ranks.world > 1 and config.robust: raise ConfigError(f"robust={config.robust.method!r}: conventional methods train in one process; give devices=1")
     if ranks.world > 1: return
     if config.nodes > 1: raise ConfigError(f"nodes={config.nodes}: start the command on every machine by torchrun or srun, as in scripts/")
     if config.devices != "auto" and process_count(config) > 1:
@@ -891,7 +920,7 @@ def look(
     sample, c = dataset[index], task.config
     batch = {k: v.to(task.device) if torch.is_tensor(v) else v for k, v in collate([sample]).items()}
     log_p = sensor_log_probabilities(task.eval()(images_of(batch, c.sensors)))
-    before, after = (select(log_p, batch["mask"], epoch, c.selection, batch["valid"]) for epoch in (0, max(c.epochs, c.selection.ramp_epochs if c.selection else 0)))
+    before, after = (select(log_p, batch["mask"], epoch, c.selection, batch["valid"], season_masks=batch.get("season_masks")) for epoch in (0, max(c.epochs, c.selection.ramp_epochs if c.selection else 0)))
     predictions = {s: p[0].argmax(0).cpu() for s, p in log_p.items()}
     if len(log_p) > 1: predictions["mean"] = sum(p.exp() for p in log_p.values())[0].argmax(0).cpu()
     return View(sample, predictions, before, after)
@@ -990,7 +1019,7 @@ def _try_step(model, bands, classes, config):
         return t
     def step():
         log_p = sensor_log_probabilities(model(images))
-        cromss_loss(log_p, one_hot(labels, classes), select(log_p, labels, 0, config.selection), config).total.backward()
+        cromss_loss(log_p, one_hot(labels, classes), select(log_p, labels, 0, config.selection, season_masks=labels[:, None]), config).total.backward()
         if device == "cuda": torch.cuda.synchronize()
     model.to(device).train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): step()

@@ -41,6 +41,13 @@ def _threads():
     if torch := sys.modules.get("torch"): torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Figures of a run are made and their files are there, but nothing is drawn: that takes most of a tiny run's time."
+    from cromss.runs import Run
+    monkeypatch.setattr(Run, "save_figure", lambda run, figure, name: (run.folder / "figures" / f"{name}.png").touch())
+
+
 @pytest.fixture(scope="session")
 def processes():
     "Starts processes that have everything imported, from a server that never computed anything."

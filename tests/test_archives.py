@@ -346,7 +346,7 @@ def test_an_interruption_leaves_nothing(tmp_path):
 def test_many_members_are_listed_quickly(tmp_path):       # fault 40
     path = zipped(tmp_path / "x.zip", {f"labels/{i:07d}/{s}/label.tif": b"" for i in range(10000) for s in range(2)}, zipfile.ZIP_STORED)
     tree = Tree(path / "labels")
-    start = time.perf_counter()
+    start = time.process_time()
     names = tree.folders()
     for name in names: assert tree.folders(name) == ["0", "1"]
-    assert len(names) == 10000 and time.perf_counter() - start < 10
+    assert len(names) == 10000 and time.process_time() - start < 10

@@ -523,7 +523,7 @@ def _network(monkeypatch):
     "Nothing but this machine, and short pauses."
     for name in ("http_proxy", "https_proxy", "all_proxy"): monkeypatch.delenv(name, raising=False); monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("GDAL_HTTP_RETRY_DELAY", "0.01")
-    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "0.5")
+    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "1")
 
 
 def by_url(folder, base, *faults, name="t.csv", count=1):
@@ -569,7 +569,7 @@ def test_faults_of_servers(fault, word, server, tmp_path, monkeypatch, caplog):
     (tmp_path / "t.csv").write_text(lines)
     source._stamp = catalogs._stamp(tmp_path / "t.csv")                           # the server fails after the source was opened
     text = skipped(lambda: source.read("000"), "bad raster", word, "?***")
-    assert "SECRET" not in text + caplog.text and time.monotonic() - started < 15
+    assert "SECRET" not in text + caplog.text and time.monotonic() - started < 50
     assert fault != "down" or "Retrying" in caplog.text
 
 

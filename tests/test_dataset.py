@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from cromss.classes import IGNORE, SCHEMES
-from cromss.config import DataError, SmoothingConfig, StoreError
+from cromss.config import ConfigError, DataError, SmoothingConfig, StoreError
 from cromss.dataset import Draw, PatchDataset, StepSampler, collate, crops_per_patch, cut, draw, flip_and_turn, later_prior, rotate, split_locations, to_images, windows
 from cromss.sensors import SENSORS, encode
 from cromss.smoothing import smoothing_prior
@@ -678,3 +678,25 @@ def test_order_does_not_depend_on_ranks():
 def test_a_store_reopened_elsewhere(store):
     again = Store.open(store.folder)
     assert equal(PatchDataset(again, crop=32)[3, 2], PatchDataset(store, crop=32)[3, 2])
+
+
+def test_every_pixel_has_a_number_of_its_own_wherever_it_is_turned(store):
+    data, labels = PatchDataset(store, crop=16, lean=True, extras=("origin", "season_masks")), {}
+    assert data.pixels == store.season_count * sum(h * w for h, w in store.shapes[data.locations])
+    for epoch in range(6):
+        for index in range(len(data)):
+            sample = to_images(collate([data[(epoch, index)]]))
+            assert sample["origin"].dtype == torch.int64 and sample["season_masks"].shape[1] == store.season_count
+            for number, label in zip(sample["origin"].ravel().tolist(), sample["mask"].ravel().tolist()): assert number == -1 or labels.setdefault(number, label) == label
+    assert 0 <= min(labels) and max(labels) < data.pixels and len(set(labels.values())) > 2
+
+
+def test_beyond_a_patch_there_is_no_pixel(store):
+    data = PatchDataset(store, crop=64, lean=True, extras=("origin",))
+    sample = data[(0, 0)]
+    inside = sample["origin"] >= 0
+    assert (sample["origin"][~inside] == -1).all() and int(inside.sum()) == len(set(sample["origin"][inside].tolist())) == store.shapes[data.locations[0]].prod()
+
+
+def test_free_angles_cannot_be_followed(store):
+    with pytest.raises(ConfigError, match="give rotation=False"): PatchDataset(store, crop=16, lean=True, rotation=True, extras=("origin",))

@@ -34,16 +34,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def together(processes, tmp_path):
+@pytest.fixture(scope="module")
+def together(processes, tmp_path_factory):
     "Runs a function of (ranks, folder) in two processes that are joined as torchrun would; what they saved, by rank."
     def run(target, *arguments):
-        port = free_port()
-        members = [processes.Process(target=member, args=(rank, port, target, tmp_path, arguments)) for rank in range(WORLD)]
+        port, folder = free_port(), tmp_path_factory.mktemp("together")
+        members = [processes.Process(target=member, args=(rank, port, target, folder, arguments)) for rank in range(WORLD)]
         for p in members: p.start()
         for p in members: p.join(200)
         assert [p.exitcode for p in members] == [0] * WORLD
-        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return run
 
 
@@ -98,14 +98,26 @@ def step_on(rows, ranks, config, **kind):
             "gradients": {s: l.grad / ranks.world for s, l in logits.items()}}          # DDP divides by the number of processes
 
 
-def share(ranks, folder, config, kind): return step_on(slice(2 * ranks.rank, 2 * ranks.rank + 2), ranks, config, **kind)
+CASES = {      # name: (what differs in the configuration, and in the example)
+    "default": ({}, {}), "exact": ({"selection": SelectionConfig(method="exact")}, {}), "kl": ({"consistency": "kl"}, {}), "mse, ce": ({"consistency": "mse", "loss": "ce"}, {"missing": False}),
+    "one threshold": ({"selection": SelectionConfig(per_class=False)}, {}), "no selection": ({"selection": None}, {}), "nothing in the first half": ({}, {"absent": True})}
 
 
-@pytest.mark.parametrize("changes, kind", [({}, {}), ({"selection": SelectionConfig(method="exact")}, {}), ({"consistency": "kl"}, {}), ({"consistency": "mse", "loss": "ce"}, {"missing": False}),
-                                           ({"selection": SelectionConfig(per_class=False)}, {}), ({"selection": None}, {}), ({}, {"absent": True})])
-def test_two_halves_are_the_whole(together, changes, kind):
-    config = PretrainConfig(**changes)
-    halves, whole = together(share, config, kind), step_on(slice(None), Ranks(), config, **kind)
+def share(ranks, folder):
+    rows = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+    return {name: step_on(rows, ranks, PretrainConfig(**changes), **kind) for name, (changes, kind) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def shares(together):
+    "What each of two processes finds in its half, case by case."
+    return together(share)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_halves_are_the_whole(shares, case):
+    changes, kind = CASES[case]
+    halves, whole = [s[case] for s in shares], step_on(slice(None), Ranks(), PretrainConfig(**changes), **kind)
     for s in ("s1", "s2"):
         for half in halves: assert torch.equal(half["thresholds"][s], whole["thresholds"][s])
         assert torch.equal(torch.cat([h["weights"][s] for h in halves]), whole["weights"][s])
@@ -185,7 +197,7 @@ def cromss(place, config, *more, wait=True):
     return process.returncode, out, err
 
 
-def test_two_processes_train_and_one_goes_on(place):
+def test_two_processes_train_and_one_goes_on(place, undrawn):
     code, out, err = cromss(place, config_of(place, "two"))
     assert code == 0, err[-2000:]
     run = Run.open(place / "runs" / "two")
@@ -219,14 +231,20 @@ def test_all_processes_skip_a_step_that_is_not_finite_in_one(together, place):
         assert {line.split()[0] for line in log.splitlines()} == {"1"}
 
 
+def validated(ranks, folder, config):
+    "The metrics of a run that is not finished."
+    from cromss import pretraining
+    pretraining._finish = lambda *_: None
+    return pretrain(config).metrics()
+
+
 @pytest.mark.filterwarnings("ignore:norm='per-sensor' splits nothing")
-def test_validation_is_shared_out_and_added_up(place):
+def test_validation_is_shared_out_and_added_up(together, place, monkeypatch):
     "Each process scores its part; with a network that learns nothing and has no batch norm, the figures are those of one process."
     changes = dict(epochs=1, architecture="fpn", encoder="mit_b0", encoder_depth=None, decoder_channels=None, crop=32, learning_rate=0.0, validation=0.3)
-    code, _, err = cromss(place, config_of(place, "half", **changes))
-    assert code == 0, err[-2000:]
+    monkeypatch.setattr("cromss.pretraining._finish", lambda *_: None)
     one = pretrain(config_of(place, "one", **{**changes, "devices": 1, "batch_size": 4}))
-    a, b = Run.open(place / "runs" / "half").metrics().iloc[0], one.metrics().iloc[0]
+    a, b = together(validated, config_of(place, "half", **changes))[0].iloc[0], one.metrics().iloc[0]
     for name in (n for n in a.index if n.startswith("val_") and n != "val_loss"): assert a[name] == pytest.approx(b[name], abs=1e-6), name
     assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.02)               # Dice is of a batch, and batches are cut otherwise
 

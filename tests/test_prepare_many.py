@@ -101,7 +101,7 @@ def attempts(preparing, folder, workers, kills, source):
     "Attempts that are killed by SIGKILL at random moments, each after its first new shard; checks that no worker outlives them and that finished shards stay as they are."
     moments, shas = np.random.default_rng(workers), {}
     for _ in range(kills):
-        for part in sorted(folder.with_name("store.partial").glob("parts/*.npz"))[7:]: part.unlink()           # so that none comes to the end
+        for part in sorted(folder.with_name("store.partial").glob("parts/*.npz"))[5:]: part.unlink()           # so that none comes to the end
         before, process = finished(folder), preparing(folder, workers, source)
         while finished(folder) == before and process.is_alive(): time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.1))

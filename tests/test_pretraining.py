@@ -158,9 +158,10 @@ MODES = {      # name: (what differs, the parts of the loss, whether the run is 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore:norm='per-sensor' splits nothing")
-def test_every_mode_trains(mode, scenes, folder, monkeypatch):
+def test_every_mode_trains(mode, scenes, folder, monkeypatch, request):
     changes, expected, finished = MODES[mode]
     if not finished: monkeypatch.setattr(module, "_finish", lambda *_: None)
+    if mode != "bands": request.getfixturevalue("undrawn")           # drawn are those of few bands, and above those of all
     if mode == "fpn": changes = {k: v for k, v in changes.items() if v is not None}
     base = tiny(folder, epochs=1)
     config = preset("demo", **{**to_dict(base), "preset": None, **changes}) if mode != "fpn" else replace(base, **MODES[mode][0])
@@ -201,7 +202,7 @@ def test_the_published_optimizer_and_schedule(folder):
     assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-3, 1e-8, (0.9, 0.999)) and type(found["optimizer"]) is torch.optim.Adam
 
 
-def test_places_too_few_to_hold_any_out(folder):
+def test_places_too_few_to_hold_any_out(folder, undrawn):
     "One tiny place: padded, nothing held out, the schedule follows the training loss; figures and scores are of training places."
     store = prepare(ScenesSource(count=1, size=20), folder / "one", progress=False)
     run = pretrain(tiny(folder, epochs=1, schedule="plateau"), store)
@@ -318,7 +319,7 @@ class Poison:
         monkeypatch.setattr(CrossModalSegmenter, "forward", forward)
 
 
-def test_a_step_with_a_nan_loss_changes_nothing(scenes, folder, monkeypatch):
+def test_a_step_with_a_nan_loss_changes_nothing(scenes, folder, monkeypatch, undrawn):
     poison, keys = Poison(monkeypatch, 2), []
     real = CromssTask.training_step
     def note(self, batch, i):
@@ -359,7 +360,7 @@ def test_skips_must_be_in_a_row_to_stop(scenes, folder, monkeypatch, unfinished)
     assert len((run.folder / "skipped_steps.log").read_text().splitlines()) == 16
 
 
-def test_a_short_run_of_skipped_steps_ends_in_order(scenes, folder, monkeypatch):
+def test_a_short_run_of_skipped_steps_ends_in_order(scenes, folder, monkeypatch, undrawn):
     Poison(monkeypatch, always=True)
     with pytest.warns(UserWarning, match="skipped"): pretrain(tiny(folder, epochs=1), scenes)
 

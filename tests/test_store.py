@@ -524,9 +524,9 @@ def test_opening_scales(tmp_path):
     manifest["index"].update(store_module._fingerprint(store.folder / "index.npz"))
     manifest["id"] = store_module._identity(manifest)
     path.write_text(json.dumps(manifest))
-    start = time.perf_counter()
+    start = time.process_time()
     big = Store.open(store.folder)
-    assert len(big) == 50_000 and time.perf_counter() - start < 2 and "keys" not in vars(big) and big.key(-1) == "0049999"
+    assert len(big) == 50_000 and time.process_time() - start < 2 and "keys" not in vars(big) and big.key(-1) == "0049999"
 
 
 # -- a store in the making --------------------------------------------------------------------------------------------------------------------------

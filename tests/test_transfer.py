@@ -35,6 +35,12 @@ def folder():
     with tempfile.TemporaryDirectory() as name: yield Path(name)
 
 
+@pytest.fixture(autouse=True)
+def _figures(request):
+    "They are drawn where a test looks at them."
+    if request.function is not test_a_run_leaves_what_is_needed: request.getfixturevalue("undrawn")
+
+
 @pytest.fixture(scope="module")
 def scenes():
     "Ten scenes of 32 px, two seasons, as a store."
