@@ -68,7 +68,7 @@ readme: setup  ## make README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
 
 notebooks: setup  ## execute every notebook in place, export its module, clean it; then the README
-	@for book in nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/index.ipynb nbs/pretrain.ipynb nbs/finetune.ipynb; do test -f "$$book" || continue; echo "$$book"; \
+	@for book in nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/index.ipynb nbs/findings.ipynb nbs/pretrain.ipynb nbs/finetune.ipynb; do test -f "$$book" || continue; echo "$$book"; \
 	    $(PY) -m nbconvert --to notebook --execute --inplace --log-level ERROR "$$book" || exit 1; done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean

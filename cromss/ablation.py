@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'CORE', 'ABLATION_PRESETS', 'SENSORS', 'SHOWN', 'MEASURES', 'Method', 'AblationConfig', 'ablation_config',
            'Cell', 'cells', 'training', 'test_data', 'transfers', 'Watch', 'watched_figures', 'keep_network',
-           'train_cell', 'share_out', 'cores', 'train_all', 'transfer_all', 'network', 'networks', 'look_at',
-           'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
+           'train_cell', 'scenes_of', 'share_out', 'cores', 'train_all', 'transfer_all', 'network', 'networks',
+           'look_at', 'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
            'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'detection_table', 'entangling_table',
            'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows', 'reliability_rows',
            'save_tables', 'transfer_rows']
@@ -49,6 +49,7 @@ class Method:
     title: str            # as tables have it
     changes: dict         # fields of PretrainConfig
     alone: bool = False   # a network for every sensor, which knows no other
+    labels: str = "noisy"  # what it is trained on: "noisy" labels, or to know what could be gained, the "right" ones among them, or the "true" ones
 
 _PLAIN = dict(selection=None, smoothing=None)
 
@@ -64,6 +65,8 @@ METHODS = {
     **{name: Method(title, _robust(name), True) for name, title in (
         ("gce", "GCE"), ("sce", "symmetric CE"), ("co-teaching", "co-teaching"), ("jocor", "JoCoR"), ("small-loss", "small loss"), ("bootstrap-soft", "soft bootstrapping"),
         ("bootstrap-hard", "hard bootstrapping"), ("forward", "forward correction"), ("apl", "NCE + RCE"), ("elr", "ELR"))},
+    "oracle": Method("two sensors, every wrong label left out", _PLAIN, labels="right"),
+    "truth": Method("one sensor, exact labels", _PLAIN, True, "true"),
     "hard": Method("CromSS, hard weights", _variant(weights="hard")),
     "geometric": Method("CromSS, geometric mean", _variant(entangle="geometric")),
     "exchange": Method("CromSS, exchanged", _variant(entangle="exchange")),
@@ -168,13 +171,13 @@ def training(
 ):            # PretrainConfig
     "The pretraining of a cell. Its run has the cell's name, and goes on if it has begun."
     ramp = round(config.ramp * config.epochs)
-    base = preset("demo", data=_scenes(config, cell.data_seed, config.places), sensors=cell.sensors, epochs=config.epochs, seed=cell.seed, validation=0.0, selection={"ramp_epochs": ramp},
+    base = preset("demo", data=_scenes(config, cell.data_seed, config.places, METHODS[cell.method].labels), sensors=cell.sensors, epochs=config.epochs, seed=cell.seed, validation=0.0, selection={"ramp_epochs": ramp},
                   loggers=(), devices=1, name=cell.name, runs=str(Path(config.runs) / config.name), stores=config.stores, resume="auto", **(config.changes or {}))
     changes = dict(METHODS[cell.method].changes)
     if changes.get("robust"): changes["robust"] = {**changes["robust"], "ramp_epochs": ramp, "forget": round(sum(SCENE_PRESETS[config.scenes].rates.values()), 4)}
     return layer(base, changes)
 
-def _scenes(config, seed, places): return f"scenes:{config.scenes}:{seed}:{places}"
+def _scenes(config, seed, places, labels="noisy"): return f"scenes:{config.scenes}{'' if labels == 'noisy' else '+' + labels}:{seed}:{places}"
 
 def test_data(
     config,      # AblationConfig
@@ -273,7 +276,13 @@ def train_cell(
     "Train a cell, or go on with it; one that is finished is left as it is."
     wanted, folder = training(config, cell), resolve(Path(config.runs) / config.name / cell.name)
     if (folder / "config.yaml").is_file() and (run := Run.open(folder)).summary(): return _check_same(run, wanted)
-    return pretrain(wanted, callbacks=[Watch(config.watch)], finish=keep_network, bar=bar)
+    return pretrain(wanted, scenes_of(wanted), callbacks=[Watch(config.watch)], finish=keep_network, bar=bar)
+
+def scenes_of(
+    config,   # PretrainConfig or TransferConfig
+):
+    "The Store of a configuration's scenes, one with both sensors for all cells, prepared if need be."
+    return open_data(replace(config, sensors=SENSORS))
 
 def _check_same(run, wanted):
     "The finished run. Raises ConfigError if it was made with other settings."
@@ -348,7 +357,7 @@ def train_all(
     todo = [c for c in cells(config) if not _finished(config, c)]
     for c in cells(config):
         if _finished(config, c): train_cell(config, c)          # made with the same settings?
-    for data in sorted({_scenes(config, c.data_seed, config.places) for c in todo}): open_data(replace(training(config, todo[0]), data=data, sensors=SENSORS))
+    for one in {training(config, c).data: training(config, c) for c in todo}.values(): scenes_of(one)
     steps = {c: config.epochs * max(training(config, c).min_steps, config.places // training(config, c).batch_size) for c in todo}
     todo.sort(key=lambda c: (config.seeds.index(c.seed), config.data_seeds.index(c.data_seed), -_cost(c)))       # whole draws first: what is stopped can be read
     share_out([(train_cell, (config, c)) for c in todo], _workers(config, len(todo)), sum(steps.values()), progress)
@@ -364,12 +373,12 @@ def transfer_all(
     "Move the encoders to clean labels, several at a time; the figures of every transfer. Raises what `finetune` raises."
     grid = [c for _, c in transfers(config)]
     todo = [c for c in grid if not (resolve(c.runs) / c.name / "summary.json").is_file()]
-    for data in sorted({c.data for c in todo}): open_data(replace(todo[0], data=data, sensors=SENSORS))
+    for one in {c.data: c for c in todo}.values(): scenes_of(one)
     steps = -(-config.transfer_places // preset("demo", kind=TransferConfig).batch_size) * config.transfer_epochs
     share_out([(_transfer, (c,)) for c in todo], _workers(config, len(todo)), steps * len(todo), progress)
     return pd.DataFrame([_transferred(start, c) for start, c in transfers(config)])
 
-def _transfer(config, bar=None): finetune(config, bar=bar)
+def _transfer(config, bar=None): finetune(config, (scenes_of(config), None), bar)
 
 def _transferred(start, config):
     "The row of a finished transfer."
@@ -384,7 +393,7 @@ def network(
     "The network that a cell has trained. Raises WeightsError if there is none."
     path = run.folder / "network.safetensors"
     if not path.is_file(): raise WeightsError(f"{run.place}: no network.safetensors; the cell has not finished")
-    store = open_data(run.config)
+    store = scenes_of(run.config)
     model = make_model(run.config, {s: store.sensors[s].num_bands for s in run.config.sensors}, store.scheme.num_classes)
     load_model(model, str(path))
     return model.eval()

@@ -178,13 +178,15 @@ def _pretrain(tokens):
     given, config = _given_config(tokens, PretrainConfig)
     if given.get("print_config"): return _print_config(config)
     from cromss.parallel import launched
-    from cromss.pretraining import estimate, pretrain, process_count
+    from cromss.pretraining import advice, estimate, pretrain, process_count
     if given.get("dry_run"):
         print(_table(estimate(config)))
         return 0
     if not launched() and (count := process_count(config)) > 1: return _launch(count, tokens)
     run = pretrain(config)
-    if _first_rank(): print(run.folder)
+    if _first_rank():
+        if line := advice(run.config, run.summary()): print(f"cromss: {line}", file=sys.stderr)
+        print(run.folder)
     return 0
 
 # %% ../nbs/22_cli.ipynb #8b197d04

@@ -7,8 +7,8 @@ __all__ = ['SMALLEST_SCALE', 'FINISHED', 'FREE_ON_RESUME', 'open_data', 'data_so
            'WrongPixelAUROC', 'Scores', 'images_of', 'make_model', 'Sums', 'Compiled', 'note_damage', 'check_scale',
            'CromssTask', 'EpochTable', 'clock', 'Progress', 'loggers', 'native_precision', 'make_trainer', 'pretrain',
            'begin', 'fit', 'check_shared_memory', 'starting_point', 'process_count', 'check_same_data', 'continued',
-           'configure', 'evaluate', 'summarise', 'score_table', 'View', 'view_dataset', 'look', 'first_of_batch',
-           'figures', 'load_task', 'notebook_parameters', 'estimate']
+           'configure', 'evaluate', 'right_labels', 'advice', 'summarise', 'score_table', 'View', 'view_dataset',
+           'look', 'first_of_batch', 'figures', 'load_task', 'notebook_parameters', 'estimate']
 
 # %% ../nbs/16_pretraining.ipynb #35281e6e
 import ast
@@ -49,7 +49,7 @@ from .prepare import prepare
 from .robust import make_robust
 from .runs import Run, write_whole
 from .scenes import SCENE_PRESETS, ScenesSource
-from .selection import keep_fraction, select, sensor_log_probabilities
+from .selection import estimate_keep, keep_fraction, select, selection_advice, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
 from .sources import open_source
@@ -84,12 +84,13 @@ def data_source(
 def _coding(config): return getattr(config, "coding", "uint8")
 
 def _scenes(config):
-    "Built-in scenes by their name, `scenes[:preset[:seed[:places]]]`."
+    "Built-in scenes by their name, `scenes[:preset[+labels][:seed[:places]]]`."
     name, *numbers = [*config.data.split(":"), ""][1:-1] or ["balanced-40"]
+    name, _, labels = name.partition("+")
     check_names([name], SCENE_PRESETS, "scenes")
     if len(numbers) > 2 or not all(n.isdigit() for n in numbers): raise ConfigError(f"data={config.data!r}: give scenes[:preset[:seed[:places]]], such as scenes:balanced-40:1:200")
     options = dict(zip(("seed", "count"), map(int, numbers))) | ({"scheme": load_scheme(config.classes)} if config.classes else {})
-    return ScenesSource(preset=name, sensors=config.sensors, size=max(64, config.crop or 64), **options)
+    return ScenesSource(preset=name, labels=labels or "noisy", sensors=config.sensors, size=max(64, config.crop or 64), **options)
 
 def _fingerprint(config, source):
     "Eight hex digits of the settings and of every file's path, size and time."
@@ -861,6 +862,28 @@ def evaluate(
         scores.update(log_p, batch, select(log_p, batch["mask"], 0, None, batch["valid"]))
     return scores
 
+@torch.no_grad()
+def right_labels(
+    task,       # a CromssTask
+    dataset,    # a PatchDataset without augmentation
+    limit=64,   # windows at most, evenly spaced
+):              # {sensor: share}
+    "The share of the labels that each sensor takes for right: the mean of `estimate_keep` over batches of windows."
+    c, device = task.eval().config, next(task.parameters()).device
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int))
+    found = {s: [] for s in c.sensors}
+    for batch in DataLoader(Subset(dataset, chosen), batch_size=8, collate_fn=collate):
+        images, labels, valid = ({s: x.to(device) for s, x in images_of(batch, c.sensors).items()}, batch["mask"].to(device), batch["valid"].to(device))
+        for s, share in estimate_keep(task(images), labels, entangling=c.selection.entangle if c.selection else "published", valid=valid).items(): found[s].append(float(share))
+    return {s: sum(shares) / len(shares) for s, shares in found.items()}
+
+def advice(
+    config,    # PretrainConfig
+    summary,   # of its run: `run.summary()`
+):             # text or None
+    "What `selection_advice` says of a finished run: a line where the selection is likely to harm, or has nothing to find; None where it does not, or there is no selection."
+    return selection_advice(config.selection.keep, summary["right_labels"]) if config.selection and summary.get("right_labels") else None
+
 def summarise(
     run,    # a Run
     task,   # its CromssTask
@@ -869,9 +892,10 @@ def summarise(
     "The final figures of a run, as plain values."
     table = run.metrics()
     loss = table.get("train_loss", pd.Series([math.nan]))         # absent if every step was skipped
+    right = right_labels(task, data.dataset("train", augment=False))
     parts = {p: evaluate(task, data.dataset(p, augment=False)).compute() for p in ("train", "validation") if p == "train" or data.validation}
     return {"split": str(data.split), "store": str(data.store.folder), "epochs": int(table["epoch"].iloc[-1]) + 1, "seconds": float(run.timing()["seconds"].sum()),
-            "loss_first": float(loss.iloc[0]), "loss_last": float(loss.iloc[-1]), **parts}
+            "loss_first": float(loss.iloc[0]), "loss_last": float(loss.iloc[-1]), "right_labels": right, **parts}
 
 def score_table(
     summary,   # of a run: `run.summary()`

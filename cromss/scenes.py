@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE_KINDS', 'SCENE_PRESETS', 'WATER', 'TREES', 'GRASS', 'FLOODED', 'CROPS', 'SHRUB', 'BUILT', 'BARE', 'SNOW',
-           'SCENE_SENSORS', 'SceneConfig', 'scene_config', 'smooth_field', 'green_season', 'class_spectra', 'Scene',
-           'make_scene', 'add_noise', 'ScenesSource']
+           'SCENE_SENSORS', 'LABELS', 'SceneConfig', 'scene_config', 'smooth_field', 'green_season', 'class_spectra',
+           'Scene', 'make_scene', 'add_noise', 'ScenesSource']
 
 # %% ../nbs/05_scenes.ipynb #8c9a5e54
 import math
@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .classes import SCHEMES, ClassScheme, load_scheme
+from .classes import IGNORE, SCHEMES, ClassScheme, load_scheme
 from .config import ConfigError, DataError, check_names
 from .sensors import SENSORS, encode
 from .store import Location
@@ -491,6 +491,9 @@ def add_noise(
 _SEASON_NAMES = ("spring", "summer", "autumn", "winter")
 _CRS, _EAST, _NORTH, _WIDE = "EPSG:32632", 300_000, 5_200_000, 400_000    # the corner and width of the block of places, m
 
+_SAID = {"noisy": "{:.1%} wrong labels", "right": "{:.1%} of the labels left out, for they were wrong", "true": "exact labels"}
+LABELS = tuple(_SAID)
+
 class ScenesSource:
     "Scenes as a source: Locations with noisy labels and the truth as reference. Raises ConfigError for settings that cannot work."
     kind = "scenes"
@@ -503,16 +506,18 @@ class ScenesSource:
         seed=0,                  # another seed gives other places
         preset="balanced-40",    # a name of SCENE_PRESETS, or a SceneConfig
         sensors=("s1", "s2"),    # any of SCENE_SENSORS, in the order they shall have
+        labels="noisy",          # "noisy"; "right", where wrong ones are left unlabelled; or "true": what a perfect selection, and perfect labels, would be worth
         scheme=None,             # a ClassScheme whose raw values are Dynamic World's ids, its name or YAML file; None: "dynamic-world"
     ):
         for name, value, low, high in (("count", count, 1, 10 ** 8), ("size", size, 16, 4096), ("seasons", seasons, 1, 12), ("seed", seed, 0, 2 ** 63)):
             if not isinstance(value, (int, np.integer)) or not low <= value <= high: raise ConfigError(f"{name}={value!r}: must be a whole number from {low} to {high}")
+        check_names([labels], LABELS, "kind of labels")
         sensors = tuple(sensors.replace(",", " ").split()) if isinstance(sensors, str) else tuple(sensors)
         check_names(sensors, SCENE_SENSORS, "sensor of scenes")
         if not sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")
         if len(set(sensors)) < len(sensors): raise ConfigError(f"sensors={sensors!r}: a sensor is named twice")
         self.count, self.size, self.season_count, self.seed = int(count), int(size), int(seasons), int(seed)
-        self.config, self.preset = scene_config(preset), preset if isinstance(preset, str) else "custom"
+        self.labels, self.config, self.preset = labels, scene_config(preset), preset if isinstance(preset, str) else "custom"
         self.sensors = {name: SENSORS[name] for name in sensors}
         self.scheme = load_scheme(scheme or "dynamic-world")
         if self.scheme.name in ("dfc2020", "osm"): raise ConfigError(f"scheme={self.scheme.name!r}: scenes have Dynamic World's ids; give a scheme that remaps those")
@@ -529,7 +534,7 @@ class ScenesSource:
     def describe(self):
         "One line on what there is."
         return (f"{self.count} procedural scenes of {self.size} x {self.size} px, {self.season_count} seasons, sensors {', '.join(self.sensors)}, "
-                f"preset {self.preset}, {sum(self.config.rates.values()):.1%} wrong labels, seed {self.seed}")
+                f"preset {self.preset}, {_SAID[self.labels].format(sum(self.config.rates.values()))}, seed {self.seed}")
 
     def index(
         self,
@@ -549,6 +554,11 @@ class ScenesSource:
 
     def _labels(self, key, scene):
         return add_noise(scene, seed=np.random.SeedSequence([self.seed, self.index(key), 1]))
+
+    def _given(self, key, scene):
+        "The labels that are given out, (S, H, W) uint8."
+        labels, kind = self._labels(key, scene)
+        return {"noisy": labels, "right": np.where(kind == 0, labels, IGNORE).astype(np.uint8), "true": scene.truth}[self.labels]
 
     def noise(
         self,
@@ -572,7 +582,7 @@ class ScenesSource:
     ):
         "One place as a Location: coded images, noisy labels, and the truth as reference. Raises DataError for an unknown key."
         scene = self.scene(key)
-        labels, _ = self._labels(key, scene)
+        labels = self._given(key, scene)
         images = {name: [encode(image, sensor)[0] for image in scene.images[name]] for name, sensor in self.sensors.items()}
         return Location(key=key, seasons=self.seasons, images=images, labels=list(self.scheme.apply(labels, key)),
                         reference=list(self.scheme.apply(scene.truth, key)), crs=_CRS, transform=self.transform(key))

@@ -112,12 +112,12 @@ def test_maps_are_counted_by_location_against_the_truth(scenes):
 
 def test_who_knows_the_truth_finds_every_wrong_label_and_weighs_it_down(scenes):
     store, source, truth, _ = scenes
-    detection, noise = judge_labels({"s1": Oracle(truth), "s2": Oracle(truth)}, store, source, SelectionConfig(ramp_epochs=1), places=4)
+    detection, noise = judge_labels({"s1": Oracle(truth), "s2": Oracle(truth)}, store, source, SelectionConfig(ramp_epochs=1, keep=0.01), places=4)
     table = pd.DataFrame(detection).set_index(["score", "kind"])["auroc"]
     for score in ("s1 own", "s2 own", "s1 entangled", "s2 exchanged", "geometric mean"): assert (table[score] == 1).all(), score
     assert 0.4 < table["seasons", "any"] < 1 and {k for _, k in table.index} == {"any", "appearance", "boundary", "blobs", "season", "object"}
     for row in noise:
-        assert row["noise_in_weights"] < 1e-3 and row["weight_right"] == pytest.approx(1) and 0.2 < row["noise"] < 0.6
+        assert row["noise_in_weights"] < 0.05 and row["weight_right"] == pytest.approx(1) and 0.2 < row["noise"] < 0.6
 
 
 def test_without_a_selection_the_noise_in_the_weights_is_that_of_the_labels(scenes):
@@ -129,9 +129,9 @@ def test_without_a_selection_the_noise_in_the_weights_is_that_of_the_labels(scen
 
 def test_networks_that_were_trained_apart_are_weighed_apart(scenes):
     store, source, truth, labels = scenes
-    selection = SelectionConfig(ramp_epochs=1)
+    selection = SelectionConfig(ramp_epochs=1, keep=0.01)
     _, apart = judge_labels({"s1": Oracle(truth), "s2": Oracle(labels)}, store, source, selection, places=4)
-    assert apart[0]["noise_in_weights"] < 1e-3 and apart[1]["noise_in_weights"] == pytest.approx(apart[1]["noise"]), "who believes every label keeps all of the noise, whatever the other knows"
+    assert apart[0]["noise_in_weights"] < 0.05 and apart[1]["noise_in_weights"] == pytest.approx(apart[1]["noise"]), "who believes every label keeps all of the noise, whatever the other knows"
 
 
 def test_scores_are_shares():
@@ -149,20 +149,20 @@ def test_scores_are_shares():
 def tiny(tmp_path_factory):
     "Two methods, two training seeds, and a transfer: run by two processes."
     folder = tmp_path_factory.mktemp("ablation")
-    config = ablation_config(dict(preset="smoke", methods="one-sensor,cromss", workers=2, runs=str(folder / "runs"), stores=str(folder / "stores"), transfer="random,cromss", seeds="0,1"))
+    config = ablation_config(dict(preset="smoke", methods="one-sensor,cromss", workers=2, runs=str(folder / "runs"), stores=str(folder / "stores"), transfer="cromss", seeds="0,1"))
     return config, run_ablation(config, progress=False)
 
 
 def test_a_grid_gives_tables(tiny):
     config, results = tiny
     assert len(results.scores) == 2 * 2 * 3 and results.scores[["oa", "miou", "ece"]].notna().all().all() and len(results.seconds) == 6
-    assert len(results.transfer) == 2 * 2 * 2 * 2 and results.transfer["miou"].between(0, 1).all()
+    assert len(results.transfer) == 2 * 2 * 2 and results.transfer["miou"].between(0, 1).all()
     assert set(results.watch["epoch"]) == {2} and results.watch[["auroc_s1", "noise_s1"]].dropna().gt(0).all().all()
     maps = ablation.map_table(results)
     assert list(maps.index) == ["one sensor", "CromSS, as published"] and list(maps.columns) == ["S1", "S2", "mean of both"] and all("±" in v for v in maps.to_numpy().ravel())
     paired = ablation.paired_table(results, [("cromss", "one-sensor")], draws=50)
     assert list(paired["sensor"]) == ["s1", "s2", "mean"] and (paired["low_fixed"] <= paired["high_fixed"]).all() and (paired["runs"] == 2).all()
-    assert len(ablation.entangling_table(results)) and ablation.noise_table(results).shape == (4, 4) and ablation.transfer_table(results).shape == (2, 4)
+    assert len(ablation.entangling_table(results)) and ablation.noise_table(results).shape == (4, 4) and ablation.transfer_table(results).shape == (1, 4)
 
 
 def test_tables_are_drawn_and_saved(tiny, tmp_path):

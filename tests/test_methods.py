@@ -6,7 +6,7 @@ import torch
 from test_pretraining import folder, last, learned, same, scenes, tiny, unfinished, weights  # noqa: F401 (fixtures)
 
 from cromss.config import ROBUST_METHODS, ConfigError
-from cromss.pretraining import load_task, pretrain
+from cromss.pretraining import advice, load_task, pretrain
 
 pytestmark = [pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"), pytest.mark.filterwarnings("ignore:.*srun.*")]
 
@@ -72,3 +72,13 @@ def test_every_variant_of_the_selection_trains(folder, scenes, unfinished, field
     assert table["train_loss"].notna().all() and table["keep"].between(0.01, 1).all()
     if "keep" not in fields: assert (table["keep"] == 0.5).all()
     assert not same(learned(last(run)), learned(last(pretrain(tiny(folder, name="published", selection={"ramp_epochs": 0}, epochs=2), scenes)))), "the variant changes what is learned"
+
+
+def test_a_finished_run_says_what_its_sensors_take_for_right(folder, scenes, undrawn):
+    run = pretrain(tiny(folder), scenes)
+    right = run.summary()["right_labels"]
+    assert set(right) == {"s1", "s2"} and all(0 < share <= 1 for share in right.values())
+    config = tiny(folder)
+    assert advice(config, {"right_labels": {"s1": .9, "s2": .8}}).startswith("selection.keep=0.5, but the sensors take 85% of the labels for right")
+    assert advice(config, {"right_labels": {"s1": .6, "s2": .6}}) is None and advice(config, {}) is None
+    assert advice(tiny(folder, selection=False), {"right_labels": {"s1": .9, "s2": .8}}) is None

@@ -110,6 +110,20 @@ def test_a_mistyped_parameter_of_finetune(root, tmp_path):
     assert done.returncode != 0 and "unknown parameter 'seed'; did you mean 'seeds'?" in done.stderr
 
 
+def test_an_ablation_is_run_and_read(root, tmp_path):
+    given = dict(preset="smoke", methods="one-sensor,no-selection,cromss", seeds="0,1", transfer="", workers=2, runs=str(tmp_path / "runs"), stores=str(tmp_path / "stores"))
+    done, book = papermill(root, tmp_path / "out.ipynb", "ablation", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [o for o in outputs(book) if o["output_type"] == "error" or o.get("name") == "stderr"] and len(pictures(book)) == 5
+    assert "8 networks" in str(book) and "CromSS, as published" in text(book) and "tables" in str(book)
+    assert len(list((tmp_path / "runs" / "ablation").glob("*/network.safetensors"))) == 8 and (tmp_path / "runs" / "ablation" / "tables" / "scores.csv").is_file()
+
+
+def test_an_ablation_of_unknown_methods_is_refused(root, tmp_path):
+    done, book = papermill(root, tmp_path / "out.ipynb", "ablation", methods="cromss,gcc", runs=str(tmp_path / "runs"))
+    assert done.returncode != 0 and "unknown method 'gcc'; did you mean 'gce'?" in done.stderr and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the kernel")
 def test_a_signal_to_the_kernel_ends_it_with_the_command_that_goes_on(root, tmp_path):
     "As SLURM's USR1 to every process of a job: the notebook keeps what it has shown, and says how to go on."

@@ -202,3 +202,11 @@ def test_presets_differ_only_where_they_say():
     base = SceneConfig()
     changed = {name: {f.name for f in fields(base) if getattr(config, f.name) != getattr(base, f.name)} for name, config in SCENE_PRESETS.items()}
     assert changed["balanced-40"] == set() and changed["weak-s1"] == {"looks"} and changed["balanced-20"] == set(NOISE_KINDS[1:])
+
+
+def test_labels_can_be_the_right_ones_alone_or_the_truth():
+    noisy, right, true = (ScenesSource(2, labels=kind).read("scene-00001") for kind in ("noisy", "right", "true"))
+    for n, r, t, reference in zip(noisy.labels, right.labels, true.labels, noisy.reference):
+        assert (t == reference).all() and (r == np.where(n == reference, n, 255)).all() and 0.2 < (r == 255).mean() < 0.7
+    assert all((a == b).all() for a, b in zip(noisy.images["s2"], true.images["s2"])) and "exact labels" in ScenesSource(2, labels="true").describe()
+    with pytest.raises(ConfigError, match="did you mean 'right'"): ScenesSource(2, labels="rigt")
