@@ -7,9 +7,9 @@ __all__ = ['METHODS', 'CORE', 'ABLATION_PRESETS', 'SENSORS', 'SHOWN', 'MEASURES'
            'Cell', 'cells', 'training', 'test_data', 'transfers', 'Watch', 'watched_figures', 'keep_network',
            'train_cell', 'scenes_of', 'share_out', 'cores', 'train_all', 'transfer_all', 'network', 'networks',
            'look_at', 'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
-           'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'detection_table', 'entangling_table',
-           'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows', 'reliability_rows',
-           'save_tables', 'transfer_rows']
+           'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'standard_pairs', 'detection_table',
+           'entangling_table', 'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows',
+           'reliability_rows', 'save_tables', 'transfer_rows']
 
 # %% ../nbs/18c_ablation.ipynb #273c68b5
 import itertools
@@ -219,7 +219,7 @@ class Watch(L.Callback):
         was = task.training
         figures = watched_figures(task, [data[i] for i in chosen], trainer.current_epoch)
         task.train(was)
-        _add_row(Path(trainer.default_root_dir) / "watch.csv", {"epoch": epoch, **figures})
+        Run(trainer.default_root_dir, task.config).add_row("watch.csv", {"epoch": epoch, **figures})
 
 @torch.no_grad()
 def watched_figures(
@@ -227,33 +227,33 @@ def watched_figures(
     samples,   # of a dataset without augmentation that has a reference
     epoch,     # 0-based, for the ramp of the weights
 ):             # {name: float}
-    "AUROC of wrong pixels by own and by entangled confidence, share of the label weights that lies on wrong pixels, and pixels right, by sensor."
-    sums, curves = {}, {}
+    "By sensor: AUROC of wrong pixels by own and by entangled confidence, the share of the label weights on wrong pixels, of pixels right, and of wrong labels that the map repeats."
+    c, tallies = task.config, {s: _Tally(task.device) for s in task.config.sensors}
     for start in range(0, len(samples), 8):
-        batch = collate(samples[start:start + 8])
-        batch = {k: v.to(task.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        log_p = sensor_log_probabilities(task.eval()(images_of(batch, task.config.sensors)))
-        known, wrong = batch["valid"] & (batch["mask"] != IGNORE) & (batch["reference"] != IGNORE), batch["mask"] != batch["reference"]
-        chosen = select(log_p, batch["mask"], epoch, task.config.selection, batch["valid"], season_masks=batch["season_masks"])
-        for s, p in log_p.items():
-            for name, confidence in ((f"auroc_{s}", chosen.label_confidence[s]), (f"auroc_entangled_{s}", chosen.entangled_label[s])):
-                curves.setdefault(name, WrongPixelAUROC().to(task.device)).update(confidence, wrong, known)
-            weights = chosen.label_weights[s]
-            for name, value in ((f"on_wrong_{s}", (weights * (wrong & known)).sum()), (f"weight_{s}", (weights * known).sum()),
-                                (f"right_{s}", ((p.argmax(1) == batch["reference"]) & known).sum()), (f"label_{s}", ((p.argmax(1) == batch["mask"]) & known & wrong).sum()),
-                                (f"known_{s}", known.sum()), (f"wrong_{s}", (wrong & known).sum())): sums[name] = sums.get(name, 0) + value.item()
-    shares = {}
-    for s in task.config.sensors:
-        shares |= {f"noise_{s}": _ratio(sums[f"on_wrong_{s}"], sums[f"weight_{s}"]), f"oa_{s}": _ratio(sums[f"right_{s}"], sums[f"known_{s}"]), f"memorised_{s}": _ratio(sums[f"label_{s}"], sums[f"wrong_{s}"])}
-    return {name: curve.compute().item() for name, curve in curves.items()} | shares
+        batch = {k: v.to(task.device) if torch.is_tensor(v) else v for k, v in collate(samples[start:start + 8]).items()}
+        log_p = sensor_log_probabilities(task.eval()(images_of(batch, c.sensors)))
+        chosen = select(log_p, batch["mask"], epoch, c.selection, batch["valid"], season_masks=batch["season_masks"])
+        for s, tally in tallies.items(): tally.add(batch, log_p[s].argmax(1), chosen.label_confidence[s], chosen.entangled_label[s], chosen.label_weights[s])
+    return {f"{name}_{s}": value for s, tally in tallies.items() for name, value in tally.figures().items()}
 
-def _ratio(part, whole): return part / whole if whole else float("nan")
+class _Tally:
+    "What one sensor knows of the noise, added up over batches."
 
-def _add_row(path, row):
-    "Add an epoch's row to a CSV file; rows of the same or later epochs give way."
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    if len(table): table = table[table["epoch"] < row["epoch"]]
-    write_whole(path, pd.concat([table, pd.DataFrame([row])], ignore_index=True).to_csv(index=False))
+    def __init__(self, device):
+        self.own, self.entangled, self.sums = WrongPixelAUROC().to(device), WrongPixelAUROC().to(device), 0
+
+    def add(self, batch, map_, own, entangled, weights):
+        labels, truth = batch["mask"], batch["reference"]
+        known, wrong = batch["valid"] & (labels != IGNORE) & (truth != IGNORE), labels != truth
+        for curve, confidence in ((self.own, own), (self.entangled, entangled)): curve.update(confidence, wrong, known)
+        counted = (weights * wrong, weights, map_ == truth, torch.ones_like(known), (map_ == labels) & wrong, wrong)
+        self.sums = self.sums + torch.stack([(what * known).sum().double() for what in counted])
+
+    def figures(self):
+        on_wrong, weight, right, pixels, repeated, wrong = self.sums.tolist()
+        def share(part, whole): return part / whole if whole else float("nan")
+        return {"auroc": self.own.compute().item(), "auroc_entangled": self.entangled.compute().item(), "noise": share(on_wrong, weight), "oa": share(right, pixels),
+                "memorised": share(repeated, wrong)}
 
 def keep_network(
     run,    # a Run
@@ -615,6 +615,13 @@ def paired_table(
         rows.append({"method": a, "over": b, "sensor": sensor, "comparison": f"{METHODS[a].title} - {METHODS[b].title}"} | paired_bootstrap(results.maps[a, sensor], results.maps[b, sensor], draws=draws))
     return pd.DataFrame(rows)
 
+def standard_pairs(
+    results,   # Results
+):             # list of (method, method that it is compared with)
+    "Every method beside two sensors without selection, a network for each sensor, and CromSS, as far as they were run."
+    methods = list(results.scores["method"].unique())
+    return [(m, base) for base in ("no-selection", "one-sensor", "cromss") if base in methods for m in methods if m != base]
+
 def detection_table(
     results,           # Results
     method="cromss",   # whose networks look
@@ -691,10 +698,12 @@ def save_tables(
     results,       # Results
     folder=None,   # where to; None: `tables` in the ablation's folder
 ):                 # Path
-    "Write every tidy table as CSV, and the confusion matrices by location as one .npz."
+    "Write every tidy table that has a row as CSV, the paired differences among them, and the confusion matrices by location as one .npz."
     folder = Path(folder) if folder else resolve(Path(results.config.runs) / results.config.name / "tables")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("scores", "detection", "noise", "watch", "transfer", "seconds"): write_whole(folder / f"{name}.csv", getattr(results, name).to_csv(index=False, float_format="%.6g"))
+    for name in ("scores", "detection", "noise", "watch", "transfer", "seconds"):
+        if len(table := getattr(results, name)): write_whole(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_whole(folder / "paired.csv", paired_table(results, standard_pairs(results)).to_csv(index=False, float_format="%.6g"))
     with whole_file(folder / "maps.npz") as beside, open(beside, "wb") as file:
         np.savez_compressed(file, **{f"{m}|{s}|{d}|{seed}": counts.astype(np.int32) for (m, s), runs in results.maps.items() for (d, seed), counts in runs.items()})
     return folder
