@@ -142,9 +142,11 @@ def fake(monkeypatch, name, **members):
 def test_dry_run_and_run(capsys, monkeypatch):
     seen = []
     def estimate(config): return {"steps": 12345, "memory_gb": 1.23456, "sensors": ("s1", "s2"), "exact": True}
-    def pretrain(config): return seen.append(config) or types.SimpleNamespace(folder=Path("runs/x"))
-    fake(monkeypatch, "cromss.pretraining", estimate=estimate, pretrain=pretrain, process_count=lambda config: 1)
+    def pretrain(config): return seen.append(config) or types.SimpleNamespace(folder=Path("runs/x"), config=config, summary=lambda: {})
+    warning = ["selection.keep=0.5, but far more labels are right"]
+    fake(monkeypatch, "cromss.pretraining", estimate=estimate, pretrain=pretrain, process_count=lambda config: 1, advice=lambda *_: warning.pop() if warning else None)
     assert run(capsys, "pretrain", "--dry-run")[:2] == (0, "steps      12,345\nmemory_gb  1.235\nsensors    s1, s2\nexact      True\n") and not seen
+    assert run(capsys, "pretrain") == (0, f"{Path('runs/x')}\n", "cromss: selection.keep=0.5, but far more labels are right\n") and seen.pop()
     assert run(capsys, "pretrain", "--epochs", 2)[:2] == (0, f"{Path('runs/x')}\n") and seen == [preset("demo", epochs=2)]
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "pretrain")[:2] == (0, "")
