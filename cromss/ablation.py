@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'CORE', 'ABLATION_PRESETS', 'SENSORS', 'SHOWN', 'MEASURES', 'Method', 'AblationConfig', 'ablation_config',
            'Cell', 'cells', 'training', 'test_data', 'transfers', 'Watch', 'watched_figures', 'keep_network',
-           'train_cell', 'scenes_of', 'share_out', 'cores', 'train_all', 'transfer_all', 'network', 'networks',
-           'look_at', 'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
+           'train_cell', 'scenes_of', 'share_out', 'train_all', 'transfer_all', 'network', 'networks', 'look_at',
+           'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
            'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'standard_pairs', 'detection_table',
            'entangling_table', 'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows',
            'reliability_rows', 'save_tables', 'transfer_rows']
@@ -34,7 +34,7 @@ from .config import ConfigError, TransferConfig, WeightsError, check_names, laye
 from .dataset import PatchDataset, collate
 from .evidence import Calibration, ScoreHistogram, paired_bootstrap, paired_interval, rank_against_reference
 from .metrics import mean_std, percent, segmentation_metrics
-from .prepare import Progress
+from .prepare import Progress, _cores
 from .pretraining import WrongPixelAUROC, data_source, images_of, load_task, make_model, open_data, pretrain, used_bands
 from .runs import Run, whole_file, write_whole
 from .scenes import NOISE_KINDS, SCENE_PRESETS
@@ -179,6 +179,8 @@ def training(
 
 def _scenes(config, seed, places, labels="noisy"): return f"scenes:{config.scenes}{'' if labels == 'noisy' else '+' + labels}:{seed}:{places}"
 
+def _folder(config): return resolve(Path(config.runs) / config.name)
+
 def test_data(
     config,      # AblationConfig
     data_seed,   # of the draw
@@ -274,7 +276,7 @@ def train_cell(
     bar=None,    # with `add(steps)`
 ):               # Run
     "Train a cell, or go on with it; one that is finished is left as it is."
-    wanted, folder = training(config, cell), resolve(Path(config.runs) / config.name / cell.name)
+    wanted, folder = training(config, cell), _folder(config) / cell.name
     if (folder / "config.yaml").is_file() and (run := Run.open(folder)).summary(): return _check_same(run, wanted)
     return pretrain(wanted, scenes_of(wanted), callbacks=[Watch(config.watch)], finish=keep_network, bar=bar)
 
@@ -327,7 +329,7 @@ def share_out(
             for job, arguments in jobs: job(*arguments, bar=bar)
             return
         context = multiprocessing.get_context("spawn")
-        steps, threads = context.Value("q", 0), max(1, cores() // workers)
+        steps, threads = context.Value("q", 0), max(1, _cores() // workers)
         with ProcessPoolExecutor(workers, context, _begin_worker, (steps, threads)) as pool:
             waiting = {pool.submit(_work, job, *arguments) for job, arguments in jobs}
             try: _follow(waiting, steps, bar)
@@ -345,10 +347,6 @@ def _follow(waiting, steps, bar):
         seen = now
         for future in done: future.result()
 
-def cores():
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 def train_all(
     config,          # AblationConfig
     progress=True,   # False: say nothing
@@ -362,8 +360,8 @@ def train_all(
     todo.sort(key=lambda c: (config.seeds.index(c.seed), config.data_seeds.index(c.data_seed), -_cost(c)))       # whole draws first: what is stopped can be read
     share_out([(train_cell, (config, c)) for c in todo], _workers(config, len(todo)), sum(steps.values()), progress)
 
-def _finished(config, cell): return (resolve(Path(config.runs) / config.name) / cell.name / "summary.json").is_file()
-def _workers(config, jobs): return max(1, min(config.workers or cores(), jobs))
+def _finished(config, cell): return (_folder(config) / cell.name / "summary.json").is_file()
+def _workers(config, jobs): return max(1, min(config.workers or _cores(), jobs))
 def _cost(cell): return len(cell.sensors) * (1 + (METHODS[cell.method].changes.get("robust") or {}).get("method", "").startswith(("co-", "jocor")))
 
 def transfer_all(
@@ -407,7 +405,7 @@ def networks(
     "Which network sees each sensor in a draw of a method."
     found = {}
     for sensors in _networks(method):
-        model = network(Run.open(resolve(Path(config.runs) / config.name / Cell(method, sensors, data_seed, seed).name)))
+        model = network(Run.open(_folder(config) / Cell(method, sensors, data_seed, seed).name))
         found |= dict.fromkeys(sensors, model)
     return found
 
@@ -462,7 +460,7 @@ def judge(
         np.savez_compressed(file, **{f"confusion_{s}": m for s, m in maps.items()}, judged=json.dumps({"calibration": calibration, "detection": detection, "noise": noise}))
     if bar: bar.add(1)
 
-def judged_file(config, method, data_seed, seed): return resolve(Path(config.runs) / config.name / "judged") / f"{method}-d{data_seed}-s{seed}.npz"
+def judged_file(config, method, data_seed, seed): return _folder(config) / "judged" / f"{method}-d{data_seed}-s{seed}.npz"
 def _any(config): return preset("demo", stores=config.stores, runs=config.runs)
 def _selection(config, method): return training(config, Cell(method, _networks(method)[0], config.data_seeds[0], config.seeds[0])).selection
 
@@ -579,7 +577,7 @@ def _of_cells(config):
     "What was watched in training, and how long it took, by cell."
     watched, seconds = [], []
     for c in cells(config):
-        folder, where = resolve(Path(config.runs) / config.name) / c.name, {"method": c.method, "sensors": "+".join(c.sensors), "data_seed": c.data_seed, "seed": c.seed}
+        folder, where = _folder(config) / c.name, {"method": c.method, "sensors": "+".join(c.sensors), "data_seed": c.data_seed, "seed": c.seed}
         if not (folder / "summary.json").is_file(): continue
         seconds.append(where | {"seconds": Run.open(folder).summary()["seconds"]})
         if (folder / "watch.csv").is_file(): watched.append(pd.read_csv(folder / "watch.csv").assign(**where))
@@ -699,7 +697,7 @@ def save_tables(
     folder=None,   # where to; None: `tables` in the ablation's folder
 ):                 # Path
     "Write every tidy table that has a row as CSV, the paired differences among them, and the confusion matrices by location as one .npz."
-    folder = Path(folder) if folder else resolve(Path(results.config.runs) / results.config.name / "tables")
+    folder = Path(folder) if folder else _folder(results.config) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("scores", "detection", "noise", "watch", "transfer", "seconds"):
         if len(table := getattr(results, name)): write_whole(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
