@@ -302,7 +302,7 @@ def test_the_estimate_of_values_that_are_not_finite_is_finite(kind):
 
 def test_refusals():
     logits, labels, _, _ = batch()
-    with pytest.raises(ConfigError, match="keep='median': choose a number from 0 to 1, 'mixture' or 'joint'"): estimate_keep(logits, labels, "median")
+    with pytest.raises(ConfigError, match="keep='median': choose a number from 0 to 1, 'mixture', 'joint' or 'per-class'"): estimate_keep(logits, labels, "median")
     with pytest.raises(DataError, match="labels hold"): estimate_keep(logits, labels + 4, "joint")
     with pytest.raises(ConfigError, match="entangle='all'"): estimate_keep(logits, labels, entangling="all")
     with pytest.raises(ConfigError, match="weights='firm': choose one of 'soft', 'hard'"): label_weights(logits["s1"][:, 0].detach().abs(), labels, .5, 4, weights="firm")
