@@ -26,16 +26,16 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch.utils.data import DataLoader
 
 from .classes import IGNORE
-from .config import ConfigError, TransferConfig, WeightsError, check_names, layer, listed, preset, resolve
+from .config import PRESETS, ConfigError, TransferConfig, WeightsError, check_names, layer, listed, preset, resolve
 from .dataset import PatchDataset, collate
-from .evidence import Calibration, ScoreHistogram, paired_bootstrap, paired_interval, rank_against_reference
+from .evidence import Calibration, NoiseShare, ScoreHistogram, paired_bootstrap, paired_interval, rank_against_reference
 from .metrics import mean_std, percent, segmentation_metrics
 from .prepare import Progress, _cores
-from .pretraining import WrongPixelAUROC, data_source, images_of, load_task, make_model, open_data, pretrain, used_bands
+from .pretraining import PatchDataModule, WrongPixelAUROC, data_source, images_of, load_task, open_data, pretrain, trained_network, used_bands
 from .runs import Run, whole_file, write_whole
 from .scenes import NOISE_KINDS, SCENE_PRESETS
 from .selection import entangle, label_confidence, select, sensor_log_probabilities, temporal_agreement
@@ -79,6 +79,8 @@ METHODS = {
     "per-class": Method("CromSS, kept fraction of each class", _variant(keep="per-class")),
     "global": Method("CromSS, one threshold for all classes", _variant(per_class=False)),
     "keep-70": Method("CromSS, 70 % kept", _variant(keep=.7)),
+    "best": Method("labels corrected by both sensors", PRESETS["best"]),
+    "self-taught": Method("labels corrected by the sensor itself", dict(_PLAIN, teachers="first"), True),
     "no-smoothing": Method("CromSS without smoothing", dict(smoothing=None)),
     "no-teaching": Method("CromSS without consistency", dict(consistency="none")),
     "late": Method("CromSS, late fusion", dict(fusion="late")),
@@ -242,20 +244,19 @@ class _Tally:
     "What one sensor knows of the noise, added up over batches."
 
     def __init__(self, device):
-        self.own, self.entangled, self.sums = WrongPixelAUROC().to(device), WrongPixelAUROC().to(device), 0
+        self.own, self.entangled, self.left, self.sums = WrongPixelAUROC().to(device), WrongPixelAUROC().to(device), NoiseShare(), 0
 
     def add(self, batch, map_, own, entangled, weights):
         labels, truth = batch["mask"], batch["reference"]
         known, wrong = batch["valid"] & (labels != IGNORE) & (truth != IGNORE), labels != truth
         for curve, confidence in ((self.own, own), (self.entangled, entangled)): curve.update(confidence, wrong, known)
-        counted = (weights * wrong, weights, map_ == truth, torch.ones_like(known), (map_ == labels) & wrong, wrong)
-        self.sums = self.sums + torch.stack([(what * known).sum().double() for what in counted])
+        self.left.update(weights, wrong, known)
+        self.sums = self.sums + torch.stack([(what & known).sum() for what in (map_ == truth, known, (map_ == labels) & wrong, wrong)])
 
     def figures(self):
-        on_wrong, weight, right, pixels, repeated, wrong = self.sums.tolist()
-        def share(part, whole): return part / whole if whole else float("nan")
-        return {"auroc": self.own.compute().item(), "auroc_entangled": self.entangled.compute().item(), "noise": share(on_wrong, weight), "oa": share(right, pixels),
-                "memorised": share(repeated, wrong)}
+        right, pixels, repeated, wrong = self.sums.double()
+        return {"auroc": self.own.compute().item(), "auroc_entangled": self.entangled.compute().item(), "noise": self.left.figures()["noise_in_weights"], "oa": (right / pixels).item(),
+                "memorised": (repeated / wrong).item()}
 
 def keep_network(
     run,    # a Run
@@ -356,10 +357,11 @@ def train_all(
     for c in cells(config):
         if _finished(config, c): train_cell(config, c)          # made with the same settings?
     for one in {training(config, c).data: training(config, c) for c in todo}.values(): scenes_of(one)
-    steps = {c: config.epochs * max(training(config, c).min_steps, config.places // training(config, c).batch_size) for c in todo}
+    steps = {c: _steps_of(training(config, c), config.places) for c in todo}
     todo.sort(key=lambda c: (config.seeds.index(c.seed), config.data_seeds.index(c.data_seed), -_cost(c)))       # whole draws first: what is stopped can be read
     share_out([(train_cell, (config, c)) for c in todo], _workers(config, len(todo)), sum(steps.values()), progress)
 
+def _steps_of(training, places): return training.epochs * max(training.min_steps, places // training.batch_size) * (2 if training.teachers else 1)
 def _finished(config, cell): return (_folder(config) / cell.name / "summary.json").is_file()
 def _workers(config, jobs): return max(1, min(config.workers or _cores(), jobs))
 def _cost(cell): return len(cell.sensors) * (1 + (METHODS[cell.method].changes.get("robust") or {}).get("method", "").startswith(("co-", "jocor")))
@@ -391,10 +393,7 @@ def network(
     "The network that a cell has trained. Raises WeightsError if there is none."
     path = run.folder / "network.safetensors"
     if not path.is_file(): raise WeightsError(f"{run.place}: no network.safetensors; the cell has not finished")
-    store = scenes_of(run.config)
-    model = make_model(run.config, {s: store.sensors[s].num_bands for s in run.config.sensors}, store.scheme.num_classes)
-    load_model(model, str(path))
-    return model.eval()
+    return trained_network(run, PatchDataModule(run.config, scenes_of(run.config)))
 
 def networks(
     config,      # AblationConfig
@@ -495,7 +494,7 @@ def judge_labels(
     places=64,   # to look at
 ):               # rows of AUROC and AP by score and kind of noise; rows of the noise in the weights by sensor
     "How well each score finds the wrong labels of the training scenes, by kind of noise, and how much of the noise is left in the weights."
-    chosen, curves, shares = np.unique(np.linspace(0, len(store) - 1, min(places, len(store))).astype(int)), {}, {s: [] for s in models}
+    chosen, curves, left = np.unique(np.linspace(0, len(store) - 1, min(places, len(store))).astype(int)), {}, {s: NoiseShare() for s in models}
     kinds = {store.key(int(i)): source.noise(store.key(int(i))) for i in chosen}
     apart = len({id(m) for m in models.values()}) > 1
     for batch, log_p in look_at(models, store, chosen):
@@ -504,11 +503,9 @@ def judge_labels(
         for name, score in label_scores(log_p, batch["mask"], batch["season_masks"], batch["valid"]).items(): curves.setdefault(name, ScoreHistogram()).update(score, kind, known)
         for group in ([{s: p} for s, p in log_p.items()] if apart else [dict(log_p)]):
             weights = select(group, batch["mask"], 10 ** 6, selection, batch["valid"], season_masks=batch["season_masks"]).label_weights
-            for s, w in weights.items(): shares[s].append([(w * (kind > 0) * known).sum().item(), (w * known).sum().item(), ((kind > 0) & known).sum().item(), known.sum().item()])
+            for s, w in weights.items(): left[s].update(w, kind > 0, known)
     detection = [{"score": name, **row} for name, curve in curves.items() for row in curve.table().to_dict("records")]
-    noise = {s: np.sum(v, 0) for s, v in shares.items()}
-    return detection, [{"sensor": s, "noise_in_weights": on_wrong / weight, "noise": wrong / known, "weight_wrong": on_wrong / wrong if wrong else None, "weight_right": (weight - on_wrong) / (known - wrong)}
-                       for s, (on_wrong, weight, wrong, known) in noise.items()]
+    return detection, [{"sensor": s, **share.figures()} for s, share in left.items()]
 
 # %% ../nbs/18c_ablation.ipynb #2620ccdf
 def rank_labels(

@@ -112,7 +112,8 @@ class Interrupted(CromssError):
 def resume_command(
     run,   # a Run
 ):
-    "The command that goes on with a run: for pretraining in a notebook papermill's, else this package's own."
+    "The command that goes on with a run, or with the whole that it is the first part of: for pretraining in a notebook papermill's, else this package's own."
+    if run.folder.name == "first" and (run.folder.parent / "config.yaml").is_file(): run = type(run)(run.folder.parent, run.config)
     if isinstance(run.config, TransferConfig): return f"cromss finetune --resume {run.place}"
     if "ipykernel" in sys.modules: return f"papermill nbs/pretrain.ipynb out.ipynb -p resume {run.place}"
     return f"cromss pretrain --resume {run.place}"

@@ -164,6 +164,8 @@ class PretrainConfig:
     selection: SelectionConfig | None = field(default_factory=lambda: SelectionConfig(ramp_epochs=7))  # None: no selection
     smoothing: SmoothingConfig | None = field(default_factory=SmoothingConfig)                          # None: hard labels
     robust: RobustConfig | None = None                                                                  # a conventional noisy-label method in place of the selection; None: CromSS
+    teachers: tuple[str, ...] = ()            # finished runs whose sensors together correct the labels; "first": a run of the same settings is trained before, in this run's folder; empty: none
+    label_share: float = 0.2                  # of teachers: weight of the label beside what they believe, 0 or more
     seed: int = 42                            # of weights, seasons, crops, flips and the split
     precision: str = "auto"                   # "32-true", "bf16-mixed", "16-mixed", or "auto": bf16 where the hardware has it, else 32
     compile: bool = False                     # compile the network by torch.compile: the first step takes minutes, the others less
@@ -202,6 +204,8 @@ class PretrainConfig:
         if self.resume == "auto" and not self.name: raise ConfigError("resume='auto' goes on with the run of a name: give `name`, too")
         if self.encoder_depth is not None: _whole("encoder_depth", self.encoder_depth, 1)
         if self.devices != "auto": _whole("devices", self.devices, 1)
+        _within("label_share", self.label_share, 0, 1000)
+        if "first" in self.teachers and len(self.teachers) > 1: raise ConfigError(f"teachers={self.teachers!r}: give 'first' alone, or run folders")
         if self.robust and self.selection: raise ConfigError(f"robust={self.robust.method!r} takes the place of the selection: give selection=False as well")
         if not self.sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")
         if len(set(self.sensors)) < len(self.sensors): raise ConfigError(f"sensors={self.sensors!r}: a sensor is named twice")
@@ -258,10 +262,10 @@ def _maybe(make):
 def _normalise(config):
     "Give the fields of a PretrainConfig their own types, in place. Raises ConfigError for what cannot be meant."
     def put(make, *names): _put(config, make, *names)
-    put(listed, "sensors", "loggers")
+    put(listed, "sensors", "loggers", "teachers")
     put(_maybe(lambda name, v: listed(name, v, int)), "decoder_channels")
     put(lambda name, v: _bands(v), "bands")
-    put(_number, "learning_rate", "weight_decay")
+    put(_number, "learning_rate", "weight_decay", "label_share")
     put(_text, "data", "name", "classes", "architecture", "encoder", "stores", "runs", "resume")
     put(lambda name, v: int(v) if isinstance(v, str) and v.isdigit() else v, "devices")
     put(lambda name, v: _nested(SelectionConfig, v, name), "selection")
@@ -367,6 +371,7 @@ PRESETS = {
         encoder="resnet50", encoder_depth=None, decoder_channels=None, norm="shared", epochs=200, batch_size=128, learning_rate=5e-3, schedule="plateau", patience=30,
         min_steps=1, crop=256, rotation=True, seasons_required=4, validation=0.01, selection=SelectionConfig(method="exact"),
         smoothing=SmoothingConfig(), precision="16-mixed", num_workers=8),
+    "best": dict(selection=None, smoothing=None, fusion="late", consistency="none", teachers=("first",)),      # the labels corrected by both sensors together: see the page "Does it work?"
 }
 
 _RESNET50 = dict(target="labels", encoder="resnet50", encoder_depth=None, decoder_channels=None, epochs=50, batch_size=32, learning_rate=5e-4, rotation=True, precision="16-mixed", num_workers=8)

@@ -8,7 +8,8 @@ __all__ = ['SMALLEST_SCALE', 'FINISHED', 'FREE_ON_RESUME', 'open_data', 'data_so
            'CromssTask', 'EpochTable', 'clock', 'Progress', 'loggers', 'native_precision', 'make_trainer', 'pretrain',
            'begin', 'fit', 'check_shared_memory', 'starting_point', 'process_count', 'check_same_data', 'continued',
            'configure', 'evaluate', 'right_labels', 'advice', 'summarise', 'score_table', 'View', 'view_dataset',
-           'look', 'first_of_batch', 'figures', 'load_task', 'notebook_parameters', 'estimate']
+           'look', 'first_of_batch', 'figures', 'load_task', 'trained_network', 'load_teachers', 'notebook_parameters',
+           'estimate']
 
 # %% ../nbs/16_pretraining.ipynb #35281e6e
 import ast
@@ -32,6 +33,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
@@ -49,7 +51,7 @@ from .prepare import prepare
 from .robust import make_robust
 from .runs import Run, write_whole
 from .scenes import SCENE_PRESETS, ScenesSource
-from .selection import estimate_keep, keep_fraction, select, selection_advice, sensor_log_probabilities
+from .selection import corrected_labels, estimate_keep, joint_belief, keep_fraction, select, selection_advice, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
 from .sources import open_source
@@ -384,6 +386,7 @@ class CromssTask(L.LightningModule):
         self.model = make_model(c, bands, num_classes)
         self.robust = make_robust(c.robust, c.sensors, num_classes, pixels) if c.robust else None
         self.twin = make_model(c, bands, num_classes) if c.robust and self.robust.needs_twin else None
+        self.teachers = ()                                    # frozen networks; in a tuple: no part of the state
         self.scores = Scores(c.sensors, num_classes)
         self.ranks, self.network = Ranks(), (self.model,)     # in a tuple: the compiled network is no part of the state
         self.sums, self.val_sums, self.rate = Sums(), Sums(), c.learning_rate
@@ -395,13 +398,20 @@ class CromssTask(L.LightningModule):
         "Layout and compilation are the GPU's and the user's choice; they change no result."
         if self.device.type == "cuda": self.model.to(memory_format=torch.channels_last)
         if self.config.compile: self.network = (Compiled(self.model),)
-
+        for teacher in self.teachers: teacher.to(self.device)
 
     def targets(self, batch):
         "Soft targets of a batch, (B, C, H, W)."
         s, classes = self.config.smoothing, self.hparams.num_classes
         if s is None: return one_hot(batch["mask"], classes)
         return smooth_labels(batch["mask"], batch.get("prior"), s.prior_weight, s.uniform_weight, classes)
+
+    @torch.no_grad()
+    def corrected(self, batch, images):
+        "The batch, its labels corrected by what the teachers believe together."
+        if not self.teachers: return batch
+        logits = {(i, s): l for i, teacher in enumerate(self.teachers) for s, l in teacher({s: images[s] for s in teacher.options["bands"]}).items()}
+        return batch | {"mask": corrected_labels(batch["mask"], joint_belief(logits), self.config.label_share)}
 
     def on_train_batch_start(self, batch, batch_idx):
         "Dropout depends on the seed, the batch and the process: a resumed run draws the same."
@@ -412,7 +422,7 @@ class CromssTask(L.LightningModule):
     def training_step(self, batch, batch_idx):
         self._remember()
         images = images_of(batch, self.config.sensors)
-        log_p = sensor_log_probabilities(self(images))
+        batch, log_p = self.corrected(batch, images), sensor_log_probabilities(self(images))
         loss = self.robust_loss(log_p, images, batch) if self.robust else self.selective_loss(log_p, batch)
         if not torch.isfinite(loss.total): return self._skip(batch, loss)       # the one wait for a GPU; the loss is of all processes, so all skip or none
         self.skipped = 0
@@ -662,7 +672,9 @@ def pretrain(
     check_same_data(earlier, store)
     start = ranks.first(lambda: starting_point(earlier, config)) if earlier else None
     if start == FINISHED: return earlier
+    task.teachers = load_teachers(config.teachers, data) if config.teachers != ("first",) else ()
     run, task.ranks = ranks.first(lambda: begin(config, earlier, data, ranks)), ranks
+    if config.teachers == ("first",): task.teachers = load_teachers([_teach_first(run, store, finish, bar).folder], data)
     trainer = fit(run, task, data, start, bar, callbacks)
     ranks.first(lambda: (finish or _finish)(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
     return run
@@ -673,6 +685,10 @@ def _make_task(config, store):
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     return data, CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss", data.train.pixels if "origin" in data.train.extras else 0)
+
+def _teach_first(run, store, finish, bar):
+    "The run of the same settings without teachers, in the run's folder; one that has begun goes on."
+    return pretrain(replace(run.config, teachers=(), name="first", runs=str(run.folder), resume="auto"), store, finish=finish, bar=bar)
 
 def begin(
     config,          # PretrainConfig or TransferConfig
@@ -729,7 +745,7 @@ def starting_point(
     config,   # what it goes on with
 ):
     "The checkpoint that a run goes on from, None if it had not come to one, FINISHED if there is nothing left. Raises ConfigError for fewer epochs than it has."
-    if not any(run.checkpoints.glob("*.ckpt")): return warnings.warn(f"{run.place}: stopped before its first checkpoint, it begins anew")
+    if not any(run.checkpoints.glob("*.ckpt")): return None if (run.folder / "first").is_dir() else warnings.warn(f"{run.place}: stopped before its first checkpoint, it begins anew")
     path = newest_checkpoint(run)
     done = finished_epochs(path)
     if done > config.epochs: raise ConfigError(f"epochs={config.epochs}: {run.place} has trained {done} already; give {done} or more")
@@ -759,6 +775,7 @@ def process_count(
 
 def _check_devices(config, ranks):
     "Raise ConfigError where several processes are asked for and nothing has started them."
+    if ranks.world > 1 and config.teachers == ("first",): raise ConfigError("teachers='first' trains in one process; train a run without teachers, and then give teachers=its folder")
     if ranks.world > 1 and config.robust: raise ConfigError(f"robust={config.robust.method!r}: conventional methods train in one process; give devices=1")
     if ranks.world > 1: return
     if config.nodes > 1: raise ConfigError(f"nodes={config.nodes}: start the command on every machine by torchrun or srun, as in scripts/")
@@ -988,6 +1005,31 @@ def load_task(
         reason = next(iter(str(e).splitlines()), type(e).__name__)[:200]
         raise WeightsError(f"{path}: no checkpoint of a run, or not one that can be read weights-only ({reason})") from None
 
+def trained_network(
+    run,   # a Run, of `pretrain` or of a cell of an ablation
+    data,  # PatchDataModule that it is to look at
+):         # CrossModalSegmenter
+    "The network of a run in evaluation mode. Raises ConfigError if the data lack its sensors, or have other bands or classes; WeightsError for damaged files."
+    c, store = run.config, data.store
+    if lacking := [s for s in c.sensors if s not in data.bands]: raise ConfigError(f"{run.place}: sees {', '.join(lacking)}, and sensors={list(data.bands)}; add them, or take another run")
+    bands = {s: b for s, b in used_bands(c, store).items() if s in c.sensors}
+    if differs := [s for s in bands if bands[s] != data.bands[s]]: raise ConfigError(f"{run.place}: sees other bands of {differs[0]} ({', '.join(bands[differs[0]])}); give the same `bands`")
+    path, sizes = run.folder / "network.safetensors", {s: len(b) for s, b in bands.items()}
+    if not path.is_file(): model = load_task(run).model
+    else:
+        model = make_model(c, sizes, store.scheme.num_classes)
+        load_model(model, str(path))
+    made = model.options["bands"], model.options["num_classes"]
+    if made != (sizes, store.scheme.num_classes): raise ConfigError(f"{run.place}: was made for bands {made[0]} and {made[1]} classes, the data have {sizes} and {store.scheme.num_classes}; take another run")
+    return model.eval().requires_grad_(False)
+
+def load_teachers(
+    places,   # run folders
+    data,     # PatchDataModule of the run that they teach
+):            # tuple of CrossModalSegmenter
+    "The networks of finished runs. Raises ConfigError for a folder that is no run, or a run that does not fit the data."
+    return tuple(trained_network(Run.open(place), data) for place in places)
+
 # %% ../nbs/16_pretraining.ipynb #b1e12755
 def notebook_parameters(
     cells,       # sources of the cells run so far: IPython's `In`
@@ -1016,9 +1058,10 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters())
     kept, seconds = _try_step(model, bands, classes, config)
     steps = max(config.min_steps, locations // config.batch_size) * config.epochs
+    runs = 2 if config.teachers == ("first",) else 1
     return {"crops_per_epoch": locations, "steps_per_epoch": steps // config.epochs, "steps": steps, "parameters": parameters,
             "memory_gb": round((kept * config.batch_size + 16 * parameters) / 1e9, 2), "seconds_per_step": round(seconds, 3),
-            "time": clock(steps * seconds), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+            "time": clock(runs * steps * seconds), "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 def _count_data(config):
     "Training samples in an epoch, classes, and bands of every sensor."

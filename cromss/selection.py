@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENTANGLING', 'BINS', 'LEAST', 'LOSS_BINS', 'STEPS', 'MARGIN', 'NOTHING_TO_FIND', 'log_probabilities', 'probabilities',
            'LogProbabilities', 'sensor_log_probabilities', 'image_by_image', 'prediction_confidence',
-           'label_confidence', 'check_labels', 'entangle', 'temporal_agreement', 'ramp', 'keep_fraction',
-           'class_thresholds', 'label_weights', 'fit_mixture', 'estimate_keep', 'selection_advice',
-           'prediction_weights', 'surest', 'Selection', 'select']
+           'label_confidence', 'check_labels', 'entangle', 'joint_belief', 'corrected_labels', 'temporal_agreement',
+           'ramp', 'keep_fraction', 'class_thresholds', 'label_weights', 'fit_mixture', 'estimate_keep',
+           'selection_advice', 'prediction_weights', 'surest', 'Selection', 'select']
 
 # %% ../nbs/09_selection.ipynb #ff8338ea
 import math
@@ -144,6 +144,23 @@ ENTANGLING = {   # each at least two confidences by name -> as many
     "other": lambda confidences: {s: _mean_others(confidences, s) for s in confidences},
     "own": dict,
 }
+
+# %% ../nbs/09_selection.ipynb #2ea3e21e
+def joint_belief(
+    logits,   # {sensor: (B, C, H, W)} logits, or LogProbabilities
+):
+    "The normalised product of all sensors' class probabilities, (B, C, H, W) float32, detached."
+    return sum(l.detach() for l in sensor_log_probabilities(logits).values()).softmax(1)
+
+def corrected_labels(
+    labels,      # (B, H, W) int64, 255 = unlabelled
+    belief,      # (B, C, H, W) float32, as of `joint_belief`
+    share=0.2,   # weight of the label beside the belief, 0 or more
+):
+    "The class that belief and label together are for, (B, H, W) int64; what is unlabelled stays so."
+    at_label = labels.clamp(max=belief.shape[1] - 1).unsqueeze(1)
+    found = belief.scatter_add(1, at_label, torch.full_like(at_label, share, dtype=belief.dtype)).argmax(1)
+    return torch.where(labels == IGNORE, labels, found)
 
 # %% ../nbs/09_selection.ipynb #a89a7da8
 def temporal_agreement(

@@ -14,7 +14,7 @@ PAPER = dict(
     seasons_required=4, validation=0.01, validation_block_km=0, loss="ce+dice", consistency="ce",
     selection=SelectionConfig(confidence="entropy", ramp="exp", ramp_epochs=80, keep=0.5, method="exact", per_class=True),
     smoothing=SmoothingConfig(kind="ts", prior_weight=0.15, uniform_weight=0.05, sigma=3.0, truncate=4.0),
-    robust=None, seed=42, precision="16-mixed", accumulate=1, grid="array", resume=None)
+    robust=None, teachers=(), label_share=0.2, seed=42, precision="16-mixed", accumulate=1, grid="array", resume=None)
 LOCAL = {"data", "name", "num_workers", "devices", "nodes", "stores", "runs", "loggers", "compile", "deterministic", "checkpoint_steps"}     # decided by the machine, not by the method
 
 
@@ -54,8 +54,8 @@ def test_presets_name_only_fields():
 def test_true_false_and_dict(name, cls):
     for base in PRESETS:
         own = getattr(preset(base), name)
-        assert getattr(preset(base, **{name: True}), name) == own and getattr(preset(base, **{name: None}), name) == own
-        assert getattr(preset(base, **{name: False}), name) is None and getattr(preset(base, **{name: {}}), name) == own
+        assert getattr(preset(base, **{name: True}), name) == (own or cls()) and getattr(preset(base, **{name: None}), name) == own
+        assert getattr(preset(base, **{name: False}), name) is None and getattr(preset(base, **{name: {}}), name) == (own or cls())
         assert getattr(preset(base, **{name: asdict(own)}), name) == own
     assert getattr(PretrainConfig(**{name: True}), name) == cls() and getattr(PretrainConfig(**{name: None}), name) is None
     changed = cls(**{"keep": 0.7} if name == "selection" else {"sigma": 5.0})

@@ -7,7 +7,7 @@ from scipy import stats
 
 from cromss.classes import IGNORE
 from cromss.config import ConfigError, DataError
-from cromss.evidence import Calibration, ScoreHistogram, noise_share, paired_bootstrap, paired_interval, rank_against_reference
+from cromss.evidence import Calibration, NoiseShare, ScoreHistogram, noise_share, paired_bootstrap, paired_interval, rank_against_reference
 from cromss.evidence import _miou, _student
 from cromss.metrics import segmentation_metrics
 from cromss.scenes import NOISE_KINDS
@@ -125,14 +125,22 @@ def test_histogram_refuses_other_names_and_counts():
 
 def test_noise_share_by_hand():
     weights, wrong = np.array([[1, .5], [.5, 2]]), np.array([[False, True], [True, False]])
-    assert noise_share(weights, wrong, np.ones((2, 2), bool)) == {"share": .25, "wrong": .5, "right": 1.5}
-    assert noise_share(torch.tensor(weights), wrong, np.array([[True, True], [False, False]])) == {"share": pytest.approx(1 / 3), "wrong": .5, "right": 1}
+    assert noise_share(weights, wrong, np.ones((2, 2), bool)) == {"noise": .5, "noise_in_weights": .25, "weight_wrong": .5, "weight_right": 1.5}
+    assert noise_share(torch.tensor(weights), wrong, np.array([[True, True], [False, False]])) == {"noise": .5, "noise_in_weights": pytest.approx(1 / 3), "weight_wrong": .5, "weight_right": 1}
+
+
+def test_noise_shares_of_batches_add_up():
+    rng = np.random.default_rng(0)
+    weights, wrong, known = rng.random((4, 8, 8)), rng.random((4, 8, 8)) < .4, rng.random((4, 8, 8)) < .9
+    share = NoiseShare()
+    for i in range(4): share.update(weights[i], wrong[i], known[i])
+    assert share.figures() == pytest.approx(noise_share(weights, wrong, known)) and share.figures()["noise"] == pytest.approx(wrong[known].mean())
 
 
 def test_noise_share_of_nothing_is_nan_and_bad_weights_are_refused():
     none = noise_share(np.zeros(2), np.array([True, False]), np.ones(2, bool))
-    assert np.isnan(none["share"]) and none["wrong"] == none["right"] == 0
-    assert np.isnan(noise_share(np.ones(2), np.zeros(2, bool), np.ones(2, bool))["wrong"])
+    assert np.isnan(none["noise_in_weights"]) and none["weight_wrong"] == none["weight_right"] == 0
+    assert np.isnan(noise_share(np.ones(2), np.zeros(2, bool), np.ones(2, bool))["weight_wrong"]) and np.isnan(NoiseShare().figures()["noise"])
     for bad in (np.nan, -1, np.inf):
         with pytest.raises(DataError, match="weights: finite"): noise_share(np.array([1, bad]), np.zeros(2, bool), np.ones(2, bool))
     with pytest.raises(DataError, match="shapes"): noise_share(np.ones(3), np.zeros(2, bool), np.ones(2, bool))
