@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'CORE', 'ABLATION_PRESETS', 'SENSORS', 'SHOWN', 'MEASURES', 'Method', 'AblationConfig', 'ablation_config',
            'Cell', 'cells', 'training', 'test_data', 'transfers', 'Watch', 'watched_figures', 'keep_network',
            'train_cell', 'scenes_of', 'share_out', 'train_all', 'transfer_all', 'network', 'networks', 'look_at',
-           'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'Results',
-           'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'standard_pairs', 'detection_table',
+           'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'label_quality',
+           'Results', 'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'standard_pairs', 'detection_table',
            'entangling_table', 'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows',
            'reliability_rows', 'save_tables', 'transfer_rows']
 
@@ -38,7 +38,7 @@ from .prepare import Progress, _cores
 from .pretraining import PatchDataModule, WrongPixelAUROC, data_source, images_of, load_task, open_data, pretrain, trained_network, used_bands
 from .runs import Run, whole_file, write_whole
 from .scenes import NOISE_KINDS, SCENE_PRESETS
-from .selection import entangle, label_confidence, select, sensor_log_probabilities, temporal_agreement
+from .selection import corrected_labels, entangle, joint_belief, label_confidence, select, sensor_log_probabilities, temporal_agreement
 from .transfer import finetune
 from .weights import save_encoder
 
@@ -522,6 +522,22 @@ def rank_labels(
         scores = {name: torch.cat([s[name].flatten() for s, _, _ in looked]) for name in looked[0][0]}
         tables.append(rank_against_reference(scores, *(torch.cat([m[k].flatten() for m in looked]) for k in (1, 2))).assign(place=store.key(i)))
     return pd.concat(tables, ignore_index=True)[["place", "score", "auroc", "disagree", "pixels"]]
+
+# %% ../nbs/18c_ablation.ipynb #141c75aa
+def label_quality(
+    models,           # {sensor: CrossModalSegmenter}
+    store,            # an open Store with a reference
+    locations=None,   # numbers of the locations; None: all
+):                    # DataFrame: what, oa, miou
+    "The labels, the map of each sensor, the mean and the product of both, and the labels that these correct, against the truth."
+    classes, counts = store.scheme.num_classes, {}
+    for batch, log_p in look_at(models, store, locations):
+        belief, labels = joint_belief(log_p), batch["mask"]
+        maps = {"label": labels, **{s: l.argmax(1) for s, l in log_p.items()}, "mean": sum(l.exp() for l in log_p.values()).argmax(1), "joint": belief.argmax(1), "corrected": corrected_labels(labels, belief)}
+        truth = batch["reference"].masked_fill(~batch["valid"] | (labels == IGNORE), IGNORE)
+        for what, map_ in maps.items(): counts[what] = counts.get(what, 0) + _confusion(map_, truth, classes)
+    figures = {what: segmentation_metrics(c) for what, c in counts.items()}
+    return pd.DataFrame([{"what": what, "oa": f["oa"], "miou": f["miou"]} for what, f in figures.items()])
 
 # %% ../nbs/18c_ablation.ipynb #74353af4
 @dataclass
