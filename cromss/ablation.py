@@ -30,7 +30,7 @@ from safetensors.torch import save_model
 from torch.utils.data import DataLoader
 
 from .classes import IGNORE
-from .config import PRESETS, ConfigError, TransferConfig, WeightsError, check_names, layer, listed, preset, resolve
+from .config import PRESETS, ConfigError, TransferConfig, WeightsError, check_names, layer, listed, preset, resolve, run_config
 from .dataset import PatchDataset, collate
 from .evidence import Calibration, NoiseShare, ScoreHistogram, paired_bootstrap, paired_interval, rank_against_reference
 from .metrics import mean_std, percent, segmentation_metrics
@@ -63,7 +63,7 @@ METHODS = {
     "cromss": Method("CromSS, as published", {}),
     "own-selection": Method("own-sensor selection", {}, True),
     **{name: Method(title, _robust(name), True) for name, title in (
-        ("gce", "GCE"), ("sce", "symmetric CE"), ("co-teaching", "co-teaching"), ("jocor", "JoCoR"), ("small-loss", "small loss"), ("bootstrap-soft", "soft bootstrapping"),
+        ("gce", "GCE + Dice"), ("sce", "symmetric CE + Dice"), ("co-teaching", "co-teaching"), ("jocor", "JoCoR"), ("small-loss", "small loss"), ("bootstrap-soft", "soft bootstrapping"),
         ("bootstrap-hard", "hard bootstrapping"), ("forward", "forward correction"), ("apl", "NCE + RCE"), ("elr", "ELR"))},
     "oracle": Method("two sensors, every wrong label left out", _PLAIN, labels="right"),
     "truth": Method("one sensor, exact labels", _PLAIN, True, "true"),
@@ -120,6 +120,7 @@ class AblationConfig:
         check_names([self.scenes], SCENE_PRESETS, "preset of scenes")
         check_names(self.methods, METHODS, "method")
         check_names(self.transfer, ["random", *METHODS], "method to transfer from")
+        if fixed := {"bands", "classes", "sensors", "data", "seed"} & set(self.changes or {}): raise ConfigError(f"changes={sorted(fixed)}: an ablation settles these itself; leave them out")
         if not self.methods or not self.data_seeds or not self.seeds: raise ConfigError("methods, data_seeds and seeds: give one of each, or more")
         if lacking := [m for m in self.transfer if m not in ("random", *self.methods)]: raise ConfigError(f"transfer={lacking}: these are not among methods={list(self.methods)}; add them there")
         if not 0 <= min(self.data_seeds) <= max(self.data_seeds) < 1000: raise ConfigError(f"data_seeds={self.data_seeds}: give whole numbers from 0 to 999; test scenes have the seeds from 1000 on")
@@ -198,7 +199,7 @@ def transfers(
     for d, s, start, sensor, mode in itertools.product(config.data_seeds, config.seeds, config.transfer, SENSORS, ("frozen", "finetuned")):
         sees = (sensor,) if start != "random" and METHODS[start].alone else SENSORS
         folder = Path(config.runs) / config.name
-        like = {k: v for k, v in (config.changes or {}).items() if k in ("encoder", "encoder_depth", "decoder_channels", "precision", "batch_size", "architecture")}
+        like = {k: v for k, v in (config.changes or {}).items() if k in ("encoder", "encoder_depth", "decoder_channels", "precision", "batch_size", "architecture", "crop")}
         found.append((start, preset("demo", kind=TransferConfig, data=_scenes(config, 2000 + d, config.transfer_places + config.transfer_test), sensors=(sensor,), mode=mode, seed=s, epochs=config.transfer_epochs,
                       encoders="random" if start == "random" else str(folder / Cell(start, sees, d, s).name / "encoders" / sensor), test_fraction=config.transfer_test / (config.transfer_places + config.transfer_test),
                       name=f"{start}-{sensor}-{mode}-d{d}-s{s}", runs=str(folder / "transfer"), stores=config.stores, resume="auto", **like)))
@@ -374,6 +375,8 @@ def transfer_all(
     grid = [c for _, c in transfers(config)]
     todo = [c for c in grid if not (resolve(c.runs) / c.name / "summary.json").is_file()]
     for one in {c.data: c for c in todo}.values(): scenes_of(one)
+    for c in grid:
+        if c not in todo: _check_same(Run(resolve(c.runs) / c.name, run_config(resolve(c.runs) / c.name, TransferConfig)), c)
     steps = -(-config.transfer_places // preset("demo", kind=TransferConfig).batch_size) * config.transfer_epochs
     share_out([(_transfer, (c,)) for c in todo], _workers(config, len(todo)), steps * len(todo), progress)
     return pd.DataFrame([_transferred(start, c) for start, c in transfers(config)])
@@ -449,7 +452,7 @@ def judge(
 ):
     "Judge a draw of a method, and write it down in `judged/`: maps against the truth, calibration, wrong labels found, noise in the weights."
     path = judged_file(config, method, data_seed, seed)
-    if path.is_file(): return
+    if _judged(config, method, data_seed, seed): return
     models = networks(config, method, data_seed, seed)
     maps, calibration = judge_maps(models, open_data(replace(_any(config), data=test_data(config, data_seed))))
     train = replace(_any(config), data=_scenes(config, data_seed, config.places))
@@ -460,7 +463,13 @@ def judge(
     if bar: bar.add(1)
 
 def judged_file(config, method, data_seed, seed): return _folder(config) / "judged" / f"{method}-d{data_seed}-s{seed}.npz"
-def _any(config): return preset("demo", stores=config.stores, runs=config.runs)
+def _any(config): return replace(training(config, cells(config)[0]), sensors=SENSORS, resume=None)
+
+def _judged(config, method, data_seed, seed):
+    "Whether a verdict is there that is not older than its networks."
+    path = judged_file(config, method, data_seed, seed)
+    trained = [_folder(config) / Cell(method, sensors, data_seed, seed).name / "network.safetensors" for sensors in _networks(method)]
+    return path.is_file() and not any(t.is_file() and t.stat().st_mtime > path.stat().st_mtime for t in trained)
 def _selection(config, method): return training(config, Cell(method, _networks(method)[0], config.data_seeds[0], config.seeds[0])).selection
 
 def judge_maps(
@@ -519,7 +528,8 @@ def rank_labels(
     for i in range(len(store)):
         looked = [(label_scores(log_p, b["mask"], b["season_masks"], b["valid"]), b["mask"], b["reference"].masked_fill(~b["valid"], IGNORE))
                   for b, log_p in look_at(dict.fromkeys(run.config.sensors, task.model), store, [i], run.config.crop, used_bands(run.config, store))]
-        scores = {name: torch.cat([s[name].flatten() for s, _, _ in looked]) for name in looked[0][0]}
+        common = [name for name in looked[0][0] if all(name in s for s, _, _ in looked)]        # the other seasons' voice is not everywhere
+        scores = {name: torch.cat([s[name].flatten() for s, _, _ in looked]) for name in common}
         tables.append(rank_against_reference(scores, *(torch.cat([m[k].flatten() for m in looked]) for k in (1, 2))).assign(place=store.key(i)))
     return pd.concat(tables, ignore_index=True)[["place", "score", "auroc", "disagree", "pixels"]]
 
@@ -559,7 +569,7 @@ def run_ablation(
 ):                   # Results
     "Train, judge and transfer all that is not finished. Raises ConfigError or DataError for what cannot work; the same call goes on."
     train_all(config, progress)
-    draws = [d for d in itertools.product(config.methods, config.data_seeds, config.seeds) if not judged_file(config, *d).is_file()]
+    draws = [(m, d, s) for d, s, m in itertools.product(config.data_seeds, config.seeds, config.methods) if not _judged(config, m, d, s)]
     for d in config.data_seeds if draws else []: open_data(replace(_any(config), data=test_data(config, d)))
     share_out([(judge, (config, *d)) for d in draws], _workers(config, len(draws)), len(draws), progress, "verdict")
     if config.transfer: transfer_all(config, progress)
@@ -577,14 +587,20 @@ def read_ablation(
             told, where = json.loads(str(file["judged"])), {"method": method, "data_seed": d, "seed": s}
             for name in (*SENSORS, "mean"):
                 counts = maps.setdefault((method, name), {})[d, s] = file[f"confusion_{name}"]
+                if len(counts) != config.test_places: raise ConfigError(f"test_places={config.test_places}: {path} was judged on {len(counts)}; choose another `name` for this ablation, or remove it")
                 figures, sure = segmentation_metrics(counts.sum(0)), Calibration(told["calibration"][name])
                 calibration[method, name] = calibration.get((method, name), Calibration()) + sure
                 rows["scores"].append(where | {"sensor": name} | {k: figures[k] for k in ("oa", "miou", "mf1")} | {"ece": sure.ece()})
-        for kind in ("detection", "noise"): rows[kind] += [where | row for row in told[kind]]
+        for kind in ("detection", "noise") if _weighs(method) else ("detection",): rows[kind] += [where | row for row in told[kind]]
     if not maps: raise ConfigError(f"{Path(config.runs) / config.name}: nothing is judged here yet; run it (run_ablation, or papermill nbs/ablation.ipynb -p name {config.name})")
     watch, seconds = _of_cells(config)
     scores, detection, noise = (pd.DataFrame(rows[k]) for k in ("scores", "detection", "noise"))
     return Results(config, maps, scores, detection, calibration, noise, watch, _read_transfer(config), seconds)
+
+def _weighs(method):
+    "Whether weights are all that stands between a method and the noisy labels, so that the noise in them says what it learns from."
+    changes = METHODS[method].changes
+    return METHODS[method].labels == "noisy" and not changes.get("robust") and not changes.get("teachers")
 
 def _of_cells(config):
     "What was watched in training, and how long it took, by cell."
@@ -593,7 +609,9 @@ def _of_cells(config):
         folder, where = _folder(config) / c.name, {"method": c.method, "sensors": "+".join(c.sensors), "data_seed": c.data_seed, "seed": c.seed}
         if not (folder / "summary.json").is_file(): continue
         seconds.append(where | {"seconds": Run.open(folder).summary()["seconds"]})
-        if (folder / "watch.csv").is_file(): watched.append(pd.read_csv(folder / "watch.csv").assign(**where))
+        if not (folder / "watch.csv").is_file(): continue
+        table = pd.read_csv(folder / "watch.csv").assign(**where)
+        watched.append(table if _weighs(c.method) else table.assign(**dict.fromkeys([n for n in table if n.startswith("noise_")], np.nan)))
     return pd.concat(watched, ignore_index=True) if watched else pd.DataFrame(), pd.DataFrame(seconds)
 
 def _read_transfer(config):
@@ -622,8 +640,9 @@ def paired_table(
     "mIoU of one method less that of another, draw by draw, with bootstrap intervals."
     rows = []
     for (a, b), sensor in itertools.product(pairs, (*SENSORS, "mean")):
-        if (a, sensor) not in results.maps or (b, sensor) not in results.maps: continue
-        rows.append({"method": a, "over": b, "sensor": sensor, "comparison": f"{METHODS[a].title} - {METHODS[b].title}"} | paired_bootstrap(results.maps[a, sensor], results.maps[b, sensor], draws=draws))
+        of_a, of_b = results.maps.get((a, sensor), {}), results.maps.get((b, sensor), {})
+        if not (both := sorted(of_a.keys() & of_b.keys())): continue
+        rows.append({"method": a, "over": b, "sensor": sensor, "comparison": f"{METHODS[a].title} - {METHODS[b].title}"} | paired_bootstrap({r: of_a[r] for r in both}, {r: of_b[r] for r in both}, draws=draws))
     return pd.DataFrame(rows)
 
 def standard_pairs(
@@ -650,7 +669,8 @@ def entangling_table(
     "AUROC of wrong pixels by every score less that by a sensor's own confidence, draw by draw."
     table = results.detection[(results.detection["method"] == method) & (results.detection["kind"] == "any")].set_index(["data_seed", "seed", "score"])["auroc"].unstack("score")
     pairs = [(score, own) for own in over for score in table if score != own and (score[:2] == own[:2] or score.startswith("geometric"))]
-    return pd.DataFrame([{"score": a, "over": b} | paired_interval(table[a].to_dict(), table[b].to_dict()) for a, b in pairs])
+    by = "data" if len(results.config.data_seeds) > 1 else "run"                     # training seeds share their scenes, and are no draws of their own
+    return pd.DataFrame([{"score": a, "over": b} | paired_interval(table[a].to_dict(), table[b].to_dict(), by) for a, b in pairs])
 
 def noise_table(
     results,   # Results

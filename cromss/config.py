@@ -89,6 +89,7 @@ class SelectionConfig:
         if isinstance(self.keep, str): _choice("selection.keep", self.keep, ("mixture", "joint", "per-class"))
         else: _within("selection.keep", self.keep, 0, 1)
         _flag("selection.per_class", self.per_class)
+        if self.temporal and self.entangle == "own": raise ConfigError("selection.entangle='own' hears no other voice: give selection.temporal=False")
         if self.keep == "per-class" and not self.per_class: raise ConfigError("selection.keep='per-class' needs thresholds per class: give selection.per_class=True")
 
 # %% ../nbs/00_config.ipynb #47adb0b0
@@ -163,7 +164,7 @@ class PretrainConfig:
     consistency: str = "ce"                   # how sensors teach each other: "ce", "kl", "mse" or "none"
     selection: SelectionConfig | None = field(default_factory=lambda: SelectionConfig(ramp_epochs=7))  # None: no selection
     smoothing: SmoothingConfig | None = field(default_factory=SmoothingConfig)                          # None: hard labels
-    robust: RobustConfig | None = None                                                                  # a conventional noisy-label method in place of the selection; None: CromSS
+    robust: RobustConfig | None = None                                                                  # a conventional noisy-label method in place of selection and smoothing; None: CromSS
     teachers: tuple[str, ...] = ()            # finished runs whose sensors together correct the labels; "first": a run of the same settings is trained before, in this run's folder; empty: none
     label_share: float = 0.2                  # of teachers: weight of the label beside what they believe, 0 or more
     seed: int = 42                            # of weights, seasons, crops, flips and the split
@@ -205,6 +206,8 @@ class PretrainConfig:
         if self.encoder_depth is not None: _whole("encoder_depth", self.encoder_depth, 1)
         if self.devices != "auto": _whole("devices", self.devices, 1)
         _within("label_share", self.label_share, 0, 1000)
+        if self.teachers and self.selection and self.selection.temporal: raise ConfigError("selection.temporal=True counts the seasons that agree with the label, and teachers change the label: give one of the two")
+        if self.robust: object.__setattr__(self, "smoothing", None)
         if "first" in self.teachers and len(self.teachers) > 1: raise ConfigError(f"teachers={self.teachers!r}: give 'first' alone, or run folders")
         if self.robust and self.selection: raise ConfigError(f"robust={self.robust.method!r} takes the place of the selection: give selection=False as well")
         if not self.sensors: raise ConfigError("sensors is empty: name at least one, such as ('s2',)")

@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -687,7 +688,9 @@ def _make_task(config, store):
     return data, CromssTask(to_dict(config), {s: len(b) for s, b in data.bands.items()}, store.scheme.num_classes, "val_loss" if data.validation else "train_loss", data.train.pixels if "origin" in data.train.extras else 0)
 
 def _teach_first(run, store, finish, bar):
-    "The run of the same settings without teachers, in the run's folder; one that has begun goes on."
+    "The run of the same settings without teachers, in the run's folder; one that has begun goes on, and one that is finished stays."
+    folder = run.folder / "first"
+    if (folder / "config.yaml").is_file() and (first := Run.open(folder)).summary(): return first
     return pretrain(replace(run.config, teachers=(), name="first", runs=str(run.folder), resume="auto"), store, finish=finish, bar=bar)
 
 def begin(
@@ -1009,25 +1012,34 @@ def trained_network(
     run,   # a Run, of `pretrain` or of a cell of an ablation
     data,  # PatchDataModule that it is to look at
 ):         # CrossModalSegmenter
-    "The network of a run in evaluation mode. Raises ConfigError if the data lack its sensors, or have other bands or classes; WeightsError for damaged files."
-    c, store = run.config, data.store
-    if lacking := [s for s in c.sensors if s not in data.bands]: raise ConfigError(f"{run.place}: sees {', '.join(lacking)}, and sensors={list(data.bands)}; add them, or take another run")
-    bands = {s: b for s, b in used_bands(c, store).items() if s in c.sensors}
-    if differs := [s for s in bands if bands[s] != data.bands[s]]: raise ConfigError(f"{run.place}: sees other bands of {differs[0]} ({', '.join(bands[differs[0]])}); give the same `bands`")
-    path, sizes = run.folder / "network.safetensors", {s: len(b) for s, b in bands.items()}
-    if not path.is_file(): model = load_task(run).model
-    else:
-        model = make_model(c, sizes, store.scheme.num_classes)
-        load_model(model, str(path))
-    made = model.options["bands"], model.options["num_classes"]
-    if made != (sizes, store.scheme.num_classes): raise ConfigError(f"{run.place}: was made for bands {made[0]} and {made[1]} classes, the data have {sizes} and {store.scheme.num_classes}; take another run")
+    "The network of a finished run in evaluation mode. Raises ConfigError if it has not finished, or the data lack its sensors, bands or classes; WeightsError for damaged files."
+    if not run.summary(): raise ConfigError(f"{run.place}: has not finished; go on with it first, by {resume_command(run)}")
+    for s in run.config.sensors: _check_input(run, s, data)
+    path = run.folder / "network.safetensors"
+    if not path.is_file(): return load_task(run).model.requires_grad_(False)
+    model = make_model(run.config, {s: len(data.bands[s]) for s in run.config.sensors}, data.store.scheme.num_classes)
+    try: load_model(model, str(path))
+    except (RuntimeError, SafetensorError, OSError) as e: raise WeightsError(f"{path}: not the tensors of this run's network ({' '.join(str(e).split())[:200]})") from None
     return model.eval().requires_grad_(False)
+
+def _check_input(run, sensor, data):
+    "Raise ConfigError unless the data give a sensor, its bands, their statistics and the classes as the run has learned them."
+    if sensor not in data.bands: raise ConfigError(f"{run.place}: sees {sensor}, and sensors={list(data.bands)}; add it, or take another run")
+    made, spec = json.loads((run.encoders / sensor / "config.json").read_text(encoding="utf-8")), data.store.sensors[sensor].select(data.bands[sensor])
+    for what, was, now in (("bands", made["sensor"]["bands"], list(spec.bands)), ("statistics", made["sensor"], json.loads(json.dumps(spec.to_dict()))), ("classes", made["classes"], list(data.store.scheme.names))):
+        if was != now: raise ConfigError(f"{run.place}: has learned other {what} of {sensor} than {data.store.folder.name} gives{f' ({was}, now {now})' if what != 'statistics' else ''}; take another run, or other data")
+
+def _warn_of_leak(run, data):
+    facts = _facts(run)
+    if facts.get("store") == data.store.id and (seen := set(data.facts()["held_out"]) - set(facts["held_out"])):
+        warnings.warn(f"{run.place} was trained on {len(seen)} of the locations that are held out here: val_loss and the scores of the validation are not independent of it; give both runs one seed and validation")
 
 def load_teachers(
     places,   # run folders
     data,     # PatchDataModule of the run that they teach
 ):            # tuple of CrossModalSegmenter
-    "The networks of finished runs. Raises ConfigError for a folder that is no run, or a run that does not fit the data."
+    "The networks of finished runs. Raises ConfigError for a folder that is no run, or a run that does not fit the data; warns of one that was trained on what is held out here."
+    for place in places: _warn_of_leak(Run.open(place), data)
     return tuple(trained_network(Run.open(place), data) for place in places)
 
 # %% ../nbs/16_pretraining.ipynb #b1e12755

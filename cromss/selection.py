@@ -341,7 +341,7 @@ def estimate_keep(
     return _right_shares(kind, log_p, label, groups, entangling, num_classes, reduce)
 
 # %% ../nbs/09_selection.ipynb #deba9c13
-MARGIN, NOTHING_TO_FIND = 0.20, 0.95   # how far the kept fraction may lie below the estimate; the estimate above which no noise is seen
+MARGIN, NOTHING_TO_FIND = 0.20, 0.85   # how far the kept fraction may lie below the estimate; the estimate above which no noise is seen
 
 def selection_advice(
     keep,        # the kept fraction at the end of the ramp, 0..1, or how it is estimated

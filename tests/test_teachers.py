@@ -1,4 +1,6 @@
 "What sensors believe together against hand-worked cases; runs that are taught by earlier ones, and by a first of their own; refusals."
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -6,7 +8,8 @@ import torch
 from test_pretraining import folder, last, learned, same, scenes, tiny, unfinished, weights  # noqa: F401 (fixtures)
 
 from cromss import pretraining
-from cromss.config import ConfigError, PretrainConfig, load_config
+from cromss.ablation import keep_network
+from cromss.config import ConfigError, PretrainConfig, WeightsError, load_config
 from cromss.pretraining import PatchDataModule, configure, load_task, load_teachers, pretrain
 from cromss.runs import Run
 from cromss.selection import corrected_labels, joint_belief
@@ -106,14 +109,16 @@ def test_first_is_a_run_of_the_same_settings_in_its_folder(second, scenes, taugh
     assert same(last(first), last(taught[1])) and same(last(second), last(taught[2])), "as if both had been started by hand"
 
 
-def test_a_run_that_is_stopped_does_not_train_its_first_again(second, scenes, tmp_path):
+@pytest.mark.parametrize("keep", [pretraining._finish, keep_network], ids=["whole", "network"])
+def test_a_run_that_is_stopped_does_not_train_its_first_again(second, scenes, tmp_path, keep):
     config = tiny(tmp_path, name="run", teachers="first", label_share=0, resume="auto", **APART)
     class Stop(Exception): pass
     def finish(run, task, data):
-        pretraining._finish(run, task, data)
+        keep(run, task, data)
         if run.folder.name == "first": raise Stop
     with pytest.raises(Stop): pretrain(config, scenes, finish=finish)
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "run" / "first" / "checkpoints").iterdir() if not p.name.startswith(".")}
+    first = tmp_path / "runs" / "run" / "first"
+    files = {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file() and not p.name.startswith(".")}
     run = pretrain(config, scenes)
     assert {p: p.stat().st_mtime_ns for p in files} == files and same(last(run), last(second))
     assert pretrain(config, scenes).summary() == run.summary(), "a finished run is left as it is"
@@ -124,6 +129,9 @@ def test_a_run_that_is_stopped_does_not_train_its_first_again(second, scenes, tm
 def test_impossible_settings_are_refused():
     refusal(lambda: PretrainConfig(teachers=["first", "runs/a"]), "give 'first' alone")
     refusal(lambda: PretrainConfig(label_share=-1), "label_share=-1")
+    refusal(lambda: PretrainConfig(teachers="first", selection={"temporal": True}), "teachers change the label")
+    assert PretrainConfig(robust={"method": "gce"}, selection=False).smoothing is None, "it would do nothing"
+    refusal(lambda: PretrainConfig(selection={"temporal": True, "entangle": "own"}), "hears no other voice")
     assert configure({"teachers": "runs/a,runs/b"}).teachers == ("runs/a", "runs/b") and configure({"teachers": "first"}).teachers == ("first",) and PretrainConfig().teachers == ()
 
 
@@ -131,9 +139,46 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_made(taught, sc
     _, first, _ = taught
     def start(**changes): return lambda: pretrain(tiny(tmp_path, **{"name": "x", "teachers": [str(first.folder)], "selection": False, **changes}), scenes)
     refusal(start(teachers=[str(tmp_path / "nowhere")]), "nowhere")
-    refusal(start(sensors=("s2",)), "sees s1", "add them")
-    refusal(start(bands={"s2": ["B4", "B3", "B2"]}), "other bands of s2", "give the same `bands`")
+    refusal(start(sensors=("s2",)), "sees s1", "add it")
+    refusal(start(bands={"s2": ["B4", "B3", "B2"]}), "other bands of s2", "take another run")
     assert not (tmp_path / "runs").exists()
+
+
+def copied(run, place): return Run.open(shutil.copytree(run.folder, place))
+
+
+def test_a_teacher_that_learned_something_else_is_refused(taught, scenes, tmp_path):
+    _, first, _ = taught
+    data = PatchDataModule(first.config, scenes)
+    def changed(name, change):
+        run = copied(first, tmp_path / name)
+        card = run.encoders / "s2" / "config.json"
+        values = json.loads(card.read_text())
+        change(values)
+        card.write_text(json.dumps(values))
+        return lambda: pretraining.trained_network(run, data)
+    refusal(changed("bands", lambda v: v["sensor"]["bands"].reverse()), "other bands of s2")
+    refusal(changed("classes", lambda v: v["classes"].reverse()), "other classes of s2")
+    refusal(changed("mean", lambda v: v["sensor"]["mean"].__setitem__(0, 1.0)), "other statistics of s2")
+    unfinished = copied(first, tmp_path / "unfinished")
+    (unfinished.folder / "summary.json").unlink()
+    refusal(lambda: pretraining.trained_network(unfinished, data), "has not finished", "--resume")
+
+
+def test_a_damaged_network_is_refused(taught, scenes, tmp_path):
+    run = copied(taught[1], tmp_path / "damaged")
+    (run.folder / "network.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WeightsError, match="network.safetensors: not the tensors of this run's network"): pretraining.trained_network(run, PatchDataModule(run.config, scenes))
+
+
+def test_a_teacher_that_has_seen_what_is_held_out_is_warned_of(taught, scenes, tmp_path):
+    _, first, _ = taught
+    data = PatchDataModule(tiny(tmp_path, validation=0.25, **APART), scenes)
+    assert data.facts()["held_out"]
+    run = copied(first, tmp_path / "all")
+    facts = json.loads((run.folder / "data.json").read_text())
+    (run.folder / "data.json").write_text(json.dumps(facts | {"held_out": []}))
+    with pytest.warns(UserWarning, match="of the locations that are held out here"): load_teachers([str(run.folder)], data)
 
 
 def test_several_processes_are_refused():
