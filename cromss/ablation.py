@@ -8,8 +8,8 @@ __all__ = ['METHODS', 'CORE', 'ABLATION_PRESETS', 'SENSORS', 'SHOWN', 'MEASURES'
            'train_cell', 'scenes_of', 'share_out', 'train_all', 'transfer_all', 'network', 'networks', 'look_at',
            'label_scores', 'judge', 'judged_file', 'judge_maps', 'judge_labels', 'rank_labels', 'label_quality',
            'Results', 'run_ablation', 'read_ablation', 'map_table', 'paired_table', 'standard_pairs', 'detection_table',
-           'entangling_table', 'noise_table', 'transfer_table', 'detection_rows', 'method_rows', 'tracking_rows',
-           'reliability_rows', 'save_tables', 'transfer_rows']
+           'entangling_table', 'noise_table', 'quality_table', 'transfer_table', 'detection_rows', 'method_rows',
+           'tracking_rows', 'reliability_rows', 'save_tables', 'transfer_rows']
 
 # %% ../nbs/18c_ablation.ipynb #273c68b5
 import itertools
@@ -648,9 +648,9 @@ def paired_table(
 def standard_pairs(
     results,   # Results
 ):             # list of (method, method that it is compared with)
-    "Every method beside two sensors without selection, a network for each sensor, and CromSS, as far as they were run."
+    "Every method beside two sensors without selection, a network for each sensor, CromSS, and the corrected labels, as far as they were run."
     methods = list(results.scores["method"].unique())
-    return [(m, base) for base in ("no-selection", "one-sensor", "cromss") if base in methods for m in methods if m != base]
+    return [(m, base) for base in ("no-selection", "one-sensor", "cromss", "best") if base in methods for m in methods if m != base]
 
 def detection_table(
     results,           # Results
@@ -677,6 +677,18 @@ def noise_table(
 ):             # DataFrame: a row per method and sensor
     "The share of noise among the labels, and in the weights after the ramp; and what a wrong and a right pixel weigh: means over all draws."
     return _titled(results.noise.groupby(["method", "sensor"], sort=False)[["noise", "noise_in_weights", "weight_wrong", "weight_right"]].mean(), {})
+
+def quality_table(
+    results,           # Results
+    method="cromss",   # whose networks look
+    every=4,           # of so many training locations one is looked at
+):                     # DataFrame: what, by oa and miou
+    "How right the labels are, and what the networks make of them: means of `label_quality` over all draws."
+    c, tables = results.config, []
+    for d, s in sorted(results.maps[method, "mean"]):
+        store = open_data(replace(_any(c), data=_scenes(c, d, c.places)))
+        tables.append(label_quality(networks(c, method, d, s), store, np.arange(0, len(store), every)))
+    return pd.concat(tables).groupby("what", sort=False)[["oa", "miou"]].mean()
 
 def transfer_table(
     results,   # Results

@@ -398,7 +398,7 @@ def presets_of(
     return PRESETS if kind is PretrainConfig else TRANSFER_PRESETS
 
 def preset(
-    name="demo",           # of the kind's presets: "demo" or "paper"; "demo", "dfc2020", "published-dfc2020" and so on
+    name="demo",           # of the kind's presets: "demo", "paper" or "best"; "demo", "dfc2020", "published-dfc2020" and so on
     /,
     kind=PretrainConfig,   # or TransferConfig
     **changes,             # fields; None leaves the preset's value
