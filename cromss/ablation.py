@@ -290,7 +290,8 @@ def scenes_of(
 
 def _check_same(run, wanted):
     "The finished run. Raises ConfigError if it was made with other settings."
-    differs = [f.name for f in fields(wanted) if f.name not in ("resume", "runs", "stores", "name") and getattr(run.config, f.name) != getattr(wanted, f.name)]
+    def same(a, b): return a == b or (isinstance(a, str) and isinstance(b, str) and resolve(a) == resolve(b))      # a place may be written in two ways
+    differs = [f.name for f in fields(wanted) if f.name not in ("resume", "runs", "stores", "name") and not same(getattr(run.config, f.name), getattr(wanted, f.name))]
     if differs: raise ConfigError(f"{run.place}: was made with another {differs[0]} ({getattr(run.config, differs[0])!r}, now {getattr(wanted, differs[0])!r}); choose another `name` for this ablation")
     return run
 
