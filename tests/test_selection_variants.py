@@ -141,7 +141,7 @@ def batch(sensors=("s1", "s2"), num_classes=4, size=12):
     return logits, seasons[:, 0].clone(), valid, seasons
 
 
-VARIANTS = [*(dict(entangle=k) for k in KINDS), *(dict(entangle=k, temporal=True) for k in KINDS), dict(weights="hard"), dict(teach="surer"), dict(keep="mixture"),
+VARIANTS = [*(dict(entangle=k) for k in KINDS), *(dict(entangle=k, temporal=True) for k in KINDS if k != "own"), dict(weights="hard"), dict(teach="surer"), dict(keep="mixture"),
             dict(keep="joint"), dict(entangle="exchange", temporal=True, weights="hard", teach="surer", keep="mixture", method="exact", per_class=False)]
 
 
