@@ -58,7 +58,7 @@ setup(
     packages=find_packages(include=["cromss", "cromss.*"]),
     install_requires=settings["requirements"].split(),
     extras_require={
-        **{name: settings[f"{name}_requirements"].split() for name in ("dev", "peers", "export")},
+        **{name: settings[f"{name}_requirements"].split() for name in ("dev", "app", "peers", "export")},
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.16"],
     },

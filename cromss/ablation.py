@@ -175,7 +175,7 @@ def training(
     "The pretraining of a cell. Its run has the cell's name, and goes on if it has begun."
     ramp = round(config.ramp * config.epochs)
     base = preset("demo", data=_scenes(config, cell.data_seed, config.places, METHODS[cell.method].labels), sensors=cell.sensors, epochs=config.epochs, seed=cell.seed, validation=0.0, selection={"ramp_epochs": ramp},
-                  loggers=(), devices=1, name=cell.name, runs=str(Path(config.runs) / config.name), stores=config.stores, resume="auto", **(config.changes or {}))
+                  loggers=(), snapshots=0, devices=1, name=cell.name, runs=str(Path(config.runs) / config.name), stores=config.stores, resume="auto", **(config.changes or {}))
     changes = dict(METHODS[cell.method].changes)
     if changes.get("robust"): changes["robust"] = {**changes["robust"], "ramp_epochs": ramp, "forget": round(sum(SCENE_PRESETS[config.scenes].rates.values()), 4)}
     return layer(base, changes)
@@ -291,7 +291,7 @@ def scenes_of(
 def _check_same(run, wanted):
     "The finished run. Raises ConfigError if it was made with other settings."
     def same(a, b): return a == b or (isinstance(a, str) and isinstance(b, str) and resolve(a) == resolve(b))      # a place may be written in two ways
-    differs = [f.name for f in fields(wanted) if f.name not in ("resume", "runs", "stores", "name") and not same(getattr(run.config, f.name), getattr(wanted, f.name))]
+    differs = [f.name for f in fields(wanted) if f.name not in ("resume", "runs", "stores", "name", "snapshots") and not same(getattr(run.config, f.name), getattr(wanted, f.name))]
     if differs: raise ConfigError(f"{run.place}: was made with another {differs[0]} ({getattr(run.config, differs[0])!r}, now {getattr(wanted, differs[0])!r}); choose another `name` for this ablation")
     return run
 

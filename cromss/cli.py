@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, TransferConfig, check_names, layer, load_config, preset, resume_folder, run_config, to_dict)
+from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, TransferConfig, check_names, layer, load_config, preset, resolve, resume_folder, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -439,6 +439,57 @@ def _verified(folder):
             bar.update(done - bar.n)
         return store.verify(progress)
 
+# %% ../nbs/22_cli.ipynb #5863d9cd
+def _audit(tokens):
+    parser = _parser("audit", "--run RUN --store STORE --out FOLDER [options]", "Find where the labels of a store are probably wrong: ranked tables of places, class pairs and seasons, and a page with pictures. "
+                     "Stopped, the same command goes on with what is missing.")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run whose network judges the labels")
+    parser.add_argument("--store", type=str | None, default=None, help="folder of the store whose labels are judged; null: the one that the run has trained on")
+    parser.add_argument("--out", type=str | None, default=None, help="folder to write, new or empty; unfinished, it is FOLDER.partial")
+    parser.add_argument("--seasons", type=tuple[int, ...] | None, default=None, help="numbers of the seasons, from 0, such as 0,2; null: all")
+    parser.add_argument("--limit", type=int | None, default=None, help="how many locations, from the first on; null: all")
+    parser.add_argument("--top", type=int, default=12, help="places with pictures on the page")
+    parser.add_argument("--side", type=int, default=512, help="side of the widest window that the network sees at once, px")
+    parser.add_argument("--part", type=int, default=64, help="locations in a part: what a stop may lose")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; 0: this one alone; null: this one for a small store, else one a core")
+    parser.add_argument("--scheduler", type=str | None, default=None, help="address of a Dask scheduler, such as tcp://node1:8786, whose workers are used")
+    parser.add_argument("--restart", action="store_true", help="discard what an unfinished audit with other settings left")
+    given = _parse(parser, tokens, (*LISTS, "seasons"))
+    if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss audit --help")
+    from cromss.audit import audit
+    from cromss.pretraining import open_data
+    store = resolve(given["store"]) if given["store"] else open_data(run_config(given["run"], PretrainConfig))
+    found = audit(given["run"], store, given["out"], **{k: given[k] for k in ("seasons", "limit", "top", "side", "part", "workers", "scheduler", "restart")})
+    for line in _audited(found): print(line)
+    return 0
+
+def _audited(found):
+    "What an Audit says that somebody should look at, line by line."
+    s = found.summary
+    yield f"{found.folder / 'index.html'}: {s['share_wrong']:.1%} of {s['pixels']:,} labelled pixels in {s['tiles']:,} tiles are probably wrong"
+    if r := s["reference"]: yield f"by the reference {r['error_rate']:.1%} of {r['pixels']:,} are wrong" + ("" if r["auroc"] is None else f"; AUROC of the label confidence {r['auroc']:.3f}")
+    for _, row in found.tiles.head(5).iterrows(): yield f"- {row['key']}, {row['name']}: {row['share_wrong']:.1%} of {row['pixels']:,} px"
+    for reason, left in s["left_out"].items(): yield f"seasons left out, {reason}: {left['seasons']:,} ({_few(left['such_as'])})"
+    if not (found.folder / "tiles.parquet").is_file(): yield "tiles.parquet is left out: it needs pyarrow (pip install pyarrow)"
+
+# %% ../nbs/22_cli.ipynb #1ac9edac
+def _app(tokens):
+    parser = _parser("app", "--run RUN [options]", "Serve the explorer of a run as a web page: which pixels each sensor believes, and what is selected. Only this machine reaches it, unless --host says otherwise.")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run")
+    parser.add_argument("--store", type=str | None, default=None, help="folder of the store to look at; null: the one that the run was trained on")
+    parser.add_argument("--location", type=str, default="0", help="number or name of the first location")
+    parser.add_argument("--host", type=str, default="localhost", help="address to listen on; 0.0.0.0: every one of this machine")
+    parser.add_argument("--port", type=int, default=8866, help="port to listen on")
+    parser.add_argument("--no_browser", action="store_true", help="do not open the page here")
+    given = _parse(parser, tokens)
+    if not given["run"]: raise ConfigError("--run: is needed; see cromss app --help")
+    from cromss.app import serve
+    from cromss.exploration import explore
+    location = int(given["location"]) if given["location"].isdecimal() else given["location"]
+    found = explore(given["run"], given["store"] and resolve(given["store"]), location)     # what cannot be opened is said here, not on the page
+    serve(resolve(given["run"]), found.store.folder.resolve(), location, given["host"], given["port"], not given["no_browser"])
+    return 0
+
 # %% ../nbs/22_cli.ipynb #57bd6639
 TEMPLATES = ("pretrain", "finetune", "ablation")
 
@@ -471,6 +522,8 @@ COMMANDS = {
     "finetune": (_finetune, "[options]", "train on pretrained encoders for a task with exact labels, and test"),
     "evaluate": (_evaluate, "PREDICTOR DATA", "test what was trained on other tiles"),
     "predict": (_predict, "PREDICTOR MAP IMAGE...", "map a whole scene"),
+    "audit": (_audit, "--run RUN --out FOLDER", "find where the labels of a store are probably wrong"),
+    "app": (_app, "--run RUN", "show what each sensor believes, as a web page"),
     "export": (_export, "WEIGHTS FILE", "write an encoder or a predictor as ONNX, or for torch.export"),
     "push": (_push, "FOLDER OWNER/REPO", "upload an encoder or a predictor to the hub"),
     "pull": (_pull, "OWNER/REPO FOLDER", "fetch one from the hub"),

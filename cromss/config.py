@@ -180,6 +180,7 @@ class PretrainConfig:
     runs: str = "runs"                        # folder of the run folders
     loggers: tuple[str, ...] = ("tensorboard",)  # also "wandb", "mlflow" (imported only if named); metrics.csv is always written
     checkpoint_steps: int | None = None       # a checkpoint also every so many optimizer steps; there is always one at the end of an epoch
+    snapshots: int = 2                        # windows of training locations whose confidences are kept epoch by epoch, for the explorer; 0: none
     resume: str | None = None                 # a run folder to go on with; "auto": the run of this name, if it has begun
 
     def __post_init__(self):
@@ -193,7 +194,7 @@ class PretrainConfig:
         _choice("precision", self.precision, ("auto", "32-true", "bf16-mixed", "16-mixed"))
         _choice("grid", self.grid, ("array", "geo"))
         for name in ("epochs", "batch_size", "min_steps", "crop", "seasons_required", "nodes", "accumulate"): _whole(name, getattr(self, name), 1)
-        for name in ("num_workers", "patience", "seed"): _whole(name, getattr(self, name), 0)
+        for name in ("num_workers", "patience", "seed", "snapshots"): _whole(name, getattr(self, name), 0)
         _within("seed", self.seed, 0, 2 ** 32 - 1)
         _within("learning_rate", self.learning_rate, 0, 10)
         _within("weight_decay", self.weight_decay, 0, 1)
