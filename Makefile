@@ -61,8 +61,8 @@ fuzz: setup  ## read data sets of every format with 2,000 kinds of damage each (
 index: setup  ## prepare a store of 250,000 locations with tiny values, and time opening it (about 10 minutes, 4 GB)
 	$(PY) bench/index.py
 
-lab: setup  ## open JupyterLab in nbs/
-	$(PY) -m jupyterlab --notebook-dir=nbs
+lab: setup  ## open JupyterLab on the tutorial of the explorer (ARGS=--no-browser)
+	$(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tutorials/03_explore.ipynb --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 readme: setup  ## make README.md from nbs/index.ipynb
 	$(PY) tools/readme.py
@@ -72,6 +72,7 @@ notebooks: setup  ## execute every notebook in place, export its module, clean i
 	    $(PY) -m nbconvert --to notebook --execute --inplace --log-level ERROR "$$book" || exit 1; done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(PY) tools/still.py
 	$(PY) tools/readme.py
 
 docs: setup  ## make the site in _docs/ (needs Quarto, quarto.org)

@@ -38,7 +38,7 @@ from .pretraining import trained_network, used_bands
 from .runs import Run, whole_file, write_whole
 from .selection import corrected_labels, entangle, joint_belief, label_confidence
 from .store import Store, locked, writing
-from .views import Layer, layer_names, make_layer, open_place, paint_layer
+from .views import Layer, layer_names, make_layer, open_place, paint_layer, sensor_title
 
 # %% ../nbs/19_audit.ipynb #dc08639e
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ def _figure(task, row):
     return f'<figure><figcaption>{_caption(row)}</figcaption><div class="row">{pictures}</div></figure>'
 
 def _caption(row):
-    sensors = ", ".join(f"{c.removeprefix('confidence_').upper()} {row[c]:.2f}" for c in row.index if c.startswith("confidence_"))
+    sensors = ", ".join(f"{sensor_title(c.removeprefix('confidence_'))} {row[c]:.2f}" for c in row.index if c.startswith("confidence_"))
     facts = [f"<b>{row['share_wrong']:.1%}</b> of {row['pixels']:,} px probably wrong", f"label confidence {row['confidence']:.2f} ({_text(sensors)})", f"sensors disagree on {row['share_disagree']:.1%}"]
     if np.isfinite(row.get("error_rate", np.nan)): facts.insert(1, f"{row['error_rate']:.1%} differ from the reference")
     if np.isfinite(row["lon"]): facts.append(f"{row['lon']:.4f}°, {row['lat']:.4f}° (longitude, latitude)")
@@ -420,7 +420,7 @@ def _shown(column, value):
 
 def _html_table(table, rows, file):
     "The first rows of a table, and where the others are."
-    titles = {c: TITLES.get(c) or f"{c.removeprefix('confidence_').upper()} confidence" for c in table if c in TITLES or c.startswith("confidence_")}
+    titles = {c: TITLES.get(c) or f"{sensor_title(c.removeprefix('confidence_'))} confidence" for c in table if c in TITLES or c.startswith("confidence_")}
     titles = {c: title for c, title in titles.items() if c not in ("lon", "lat") or table[c].notna().any()}
     def line(tag, cells): return "<tr>" + "".join(f"<{tag}{' class=text' * (c in WORDS)}>{text}</{tag}>" for c, text in cells) + "</tr>"
     body = [line("td", [(c, _shown(c, row[c])) for c in titles]) for _, row in table.head(rows).iterrows()]

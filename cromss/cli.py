@@ -472,6 +472,17 @@ def _audited(found):
     for reason, left in s["left_out"].items(): yield f"seasons left out, {reason}: {left['seasons']:,} ({_few(left['such_as'])})"
     if not (found.folder / "tiles.parquet").is_file(): yield "tiles.parquet is left out: it needs pyarrow (pip install pyarrow)"
 
+# %% ../nbs/22_cli.ipynb #d0d4c234
+def _gallery(tokens):
+    parser = _parser("gallery", "--out FOLDER [options]", "Write a page that compares runs: settings that differ, last figures, pictures.")
+    parser.add_argument("--runs", type=str, default="runs", help="folder of the run folders")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the page; an earlier gallery in it is replaced")
+    given = _parse(parser, tokens)
+    if not given["out"]: raise ConfigError("--out: is needed; see cromss gallery --help")
+    from cromss.gallery import write_gallery
+    print(write_gallery(given["runs"], given["out"]))
+    return 0
+
 # %% ../nbs/22_cli.ipynb #1ac9edac
 def _app(tokens):
     parser = _parser("app", "--run RUN [options]", "Serve the explorer of a run as a web page: which pixels each sensor believes, and what is selected. Only this machine reaches it, unless --host says otherwise.")
@@ -524,6 +535,7 @@ COMMANDS = {
     "predict": (_predict, "PREDICTOR MAP IMAGE...", "map a whole scene"),
     "audit": (_audit, "--run RUN --out FOLDER", "find where the labels of a store are probably wrong"),
     "app": (_app, "--run RUN", "show what each sensor believes, as a web page"),
+    "gallery": (_gallery, "--out FOLDER", "write a page that compares all runs"),
     "export": (_export, "WEIGHTS FILE", "write an encoder or a predictor as ONNX, or for torch.export"),
     "push": (_push, "FOLDER OWNER/REPO", "upload an encoder or a predictor to the hub"),
     "pull": (_pull, "OWNER/REPO FOLDER", "fetch one from the hub"),

@@ -24,7 +24,7 @@ from .pretraining import PatchDataModule, open_data, trained_network, used_bands
 from .runs import Run
 from .smoothing import smooth_labels, smoothing_prior
 from .store import Store
-from .views import MARK, SHARES_CMAP, make_layer, open_place, paint_layer
+from .views import MARK, SHARES_CMAP, make_layer, open_place, paint_layer, sensor_title
 
 # %% ../nbs/19a_exploration.ipynb #a27842fe
 class Exploration:
@@ -106,7 +106,7 @@ def explore(
     season=None,    # index of the season; None: the first that is labelled
     side=512,       # the widest window, px
 ):                  # Exploration
-    "A network on its data, or on others of the same sensors. Raises ConfigError and DataError for what cannot be opened."
+    "A network on its data, or on others of the same sensors. Raises ConfigError, DataError and StoreError for what cannot be opened."
     store = Store.open(store) if store is not None and not isinstance(store, Store) else store
     if isinstance(run, torch.nn.Module):
         if store is None: raise ConfigError("store=None: a network alone does not say what it was trained on; give a store or its folder")
@@ -145,8 +145,8 @@ def class_rows(
 
 def _class_row(place, selection, mean, c, here):
     row, other = {"class": place.scheme.names[c], "pixels": int(here.sum())}, mean[:, here].mean(1)
-    for s in place.log_p: row[f"kept {s.upper()}"] = float((selection.label_weights[s][0].numpy()[here] >= 1).mean())
-    for s in place.log_p: row[f"mean confidence {s.upper()}"] = float(selection.label_confidence[s][0].numpy()[here].mean())
+    for s in place.log_p: row[f"kept {sensor_title(s)}"] = float((selection.label_weights[s][0].numpy()[here] >= 1).mean())
+    for s in place.log_p: row[f"mean confidence {sensor_title(s)}"] = float(selection.label_confidence[s][0].numpy()[here].mean())
     other[c] = -1
     return row | {"most likely other": place.scheme.names[int(other.argmax())], "its probability": float(other.max())}
 
@@ -195,8 +195,8 @@ def draw_histograms(
         body += [_words(left - 8, low - 4, scheme.names[c], "end"), *(_box(left + b * width / BINS, low - h, width / BINS, h, scheme.colors[c], _EDGE) for b, h in enumerate(bars) if h > 0),
                  _box(left + min(threshold, 1) * width - .75, low - row + 3, 1.5, row - 3, "#000"), _words(left + width + 8, low - 4, f"{kept:.0%} kept")]
     low = len(found) * row + 14
-    body += [_box(left, low - 14, width, .5, "#555"), *(_words(left + x * width, low, f"{x:g}", "middle") for x in (0, .5, 1)), _words(left + width / 2, low + 14, f"entangled label confidence, {sensor.upper()} (black: threshold)", "middle")]
-    return _svg(left + width + 70, low + 20, "".join(body), f"Confidences of every class, {sensor.upper()}")
+    body += [_box(left, low - 14, width, .5, "#555"), *(_words(left + x * width, low, f"{x:g}", "middle") for x in (0, .5, 1)), _words(left + width / 2, low + 14, f"entangled label confidence, {sensor_title(sensor)} (black: threshold)", "middle")]
+    return _svg(left + width + 70, low + 20, "".join(body), f"Confidences of every class, {sensor_title(sensor)}")
 
 def draw_pixel(
     exploration,   # an Exploration
@@ -204,7 +204,7 @@ def draw_pixel(
 ):                 # SVG as text
     "The class distribution of every sensor and of the smoothed target as bars; the label of every season; the weights."
     scheme, row, left, width, step = exploration.place.scheme, 17, 120, 84, 128
-    columns = {**{s.upper(): p for s, p in found["probabilities"].items()}, "target": found["target"]}
+    columns = {**{sensor_title(s): p for s, p in found["probabilities"].items()}, "target": found["target"]}
     body = [_words(left + k * step, 12, name) for k, name in enumerate(columns)]
     for c, name in enumerate(scheme.names):
         y, mark = 20 + c * row, " *" if c == found["label"] else ""
@@ -226,21 +226,25 @@ def _class_name(scheme, c): return "none" if c == IGNORE else scheme.names[c]
 def _said_of(scheme, found):
     "The confidences and weights of a pixel, and the truth where it is known, line by line."
     yield f"pixel at row {found['row']}, column {found['column']}; * its label"
-    for s in found["probabilities"]: yield f"{s.upper()}: label confidence {found['label confidence'][s]:.2f}, entangled {found['entangled'][s]:.2f}; label weight {found['label weight'][s]:.2f}"
+    for s in found["probabilities"]: yield f"{sensor_title(s)}: label confidence {found['label confidence'][s]:.2f}, entangled {found['entangled'][s]:.2f}; label weight {found['label weight'][s]:.2f}"
     if found["reference"] is not None: yield f"truth: {_class_name(scheme, found['reference'])}"
 
 def draw_legend(
     exploration,   # an Exploration
     names,         # of the layers that are shown
 ):                 # HTML as text
-    "What the colours of some layers mean."
-    scheme, parts = exploration.place.scheme, []
-    kinds = {exploration.layer(n).kind for n in names}
-    def swatch(color, words): return f'<span style="white-space:nowrap;margin-right:10px"><span style="display:inline-block;width:11px;height:11px;background:{color};border:1px solid #555"></span> {html.escape(words)}</span>'
-    if "classes" in kinds: parts.append("".join(swatch(color, name) for name, color in zip(scheme.names, scheme.colors)))
-    if "share" in kinds: parts.append(f'0 <span style="display:inline-block;width:120px;height:11px;border:1px solid #555;background:linear-gradient(to right,{",".join(_ramp_colors())})"></span> 1 (share, no unit)')
-    if "yesno" in kinds: parts.append(swatch("rgb({},{},{})".format(*MARK), "here it is so"))
-    return f'<div style="line-height:1.5">{"<br>".join(parts)}</div>'
+    "What the colours of some layers mean, a line for each; pictures need none."
+    lines = [_legend_line(exploration.layer(n), exploration.place.scheme) for n in dict.fromkeys(names)]
+    return f'<div style="line-height:1.6">{"<br>".join(filter(None, lines))}</div>'
+
+def _legend_line(layer, scheme):
+    title = f"<b>{html.escape(layer.title)}</b> "
+    if layer.kind == "classes": return title + "".join(_swatch(color, name) for name, color in zip(scheme.names, scheme.colors))
+    if layer.kind == "yesno": return title + _swatch("rgb({},{},{})".format(*MARK), "yes") + "nothing: no"
+    if layer.kind == "share": return title + f'0 <span style="display:inline-block;width:120px;height:11px;border:1px solid #555;background:linear-gradient(to right,{",".join(_ramp_colors())})"></span> 1 (share, no unit)'
+
+def _swatch(color, words):
+    return f'<span style="white-space:nowrap;margin-right:10px"><span style="display:inline-block;width:11px;height:11px;background:{color};border:1px solid #555"></span> {html.escape(words)}</span>'
 
 def _ramp_colors(): return [to_hex(matplotlib.colormaps[SHARES_CMAP](x)) for x in np.linspace(0, 1, 9)]
 

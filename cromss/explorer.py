@@ -26,7 +26,7 @@ from .maps import is_located, outline, overlay, pixel_at
 from .pretraining import open_data
 from .runs import Run, list_runs
 from .snapshots import Story
-from .views import SHARES_CMAP, Layer, layer_names, layer_title, paint_layer
+from .views import SHARES_CMAP, Layer, layer_names, layer_title, paint_layer, sensor_title
 
 # %% ../nbs/20_explorer.ipynb #4a5e8806
 ENTANGLING = {"published": "published", "geometric mean": "geometric", "exchanged": "exchange", "the others alone": "other", "off: its own alone": "own"}
@@ -103,11 +103,11 @@ class SelectionExplorer(Dashboard):
     def _selection_controls(self):
         e, height = self.exploration, self.exploration.place.shape
         keep = e.config.keep if isinstance(e.config.keep, float) else .5
-        controls = {"epoch": _control(w.IntSlider, "ramp, epoch", value=e.epoch, min=0, max=max(1, e.config.ramp_epochs)),
+        controls = {"epoch": _control(w.IntSlider, "ramp epoch", value=e.epoch, min=0, max=max(1, e.config.ramp_epochs)),
                     "keep": _control(w.FloatSlider, "kept fraction", value=keep, min=.05, max=1, step=.05),
                     "confidence": _control(w.Dropdown, "confidence by", options=("entropy", "gini"), value=e.config.confidence),
                     "entangle": _control(w.Dropdown, "entangling", options=ENTANGLING, value=e.config.entangle),
-                    "sensor": _control(w.Dropdown, "sensor", options={s.upper(): s for s in e.sensors}, value=e.sensors[-1]),
+                    "sensor": _control(w.Dropdown, "sensor", options={sensor_title(s): s for s in e.sensors}, value=e.sensors[-1]),
                     "row": _control(w.BoundedIntText, "pixel row", value=0, min=0, max=height[0] - 1), "column": _control(w.BoundedIntText, "pixel column", value=0, min=0, max=height[1] - 1)}
         self.play = w.Play(min=0, max=controls["epoch"].max, value=e.epoch, interval=400, description="play the ramp")
         w.jslink((self.play, "value"), (controls["epoch"], "value"))
@@ -192,9 +192,14 @@ class SelectionExplorer(Dashboard):
         above, below = e.picture(c["above"], only), e.picture(c["below"])
         self.map.show(e.place, compose(above, below, c["compare"], c["opacity"], c["position"]))
         if (apart := c["compare"] == "side by side"): self.second.show(e.place, below)
-        if len(self.maps.children) != 1 + apart: self.maps.children = (self.map, self.second)[:1 + apart]
+        if len(self.maps.children) != 1 + apart: self._place_maps(apart)
         place = "" if is_located(e.place) else "<br>Its position is not known: it is drawn at latitude and longitude 0, a pixel as 10 m."
         self.panel["legend"].value = draw_legend(e, [c["above"], c["below"]]) + place
+
+    def _place_maps(self, apart):
+        "One map, or two beside each other, in which a place is shown smaller."
+        self.maps.children = (self.map, self.second)[:1 + apart]
+        self.map.fit(MAP_SIZE * (.55 if apart else 1))
 
     def _draw_panels(self):
         e = self.exploration
@@ -231,7 +236,7 @@ class PlaceMap(leaflet.Map):
         height=MAP_SIZE,  # px
     ):
         super().__init__(layers=(), attribution_control=False, scroll_wheel_zoom=True, zoom_snap=.25, max_zoom=22, layout=w.Layout(height=f"{height}px", width="100%", min_width="0"))
-        self.height, self.over, self.ring = height, leaflet.ImageOverlay(url="", bounds=((0, 0), (0, 0))), leaflet.Polygon(locations=[], color="#D55E00", weight=2, fill=False)
+        self.size, self.over, self.ring = height, leaflet.ImageOverlay(url="", bounds=((0, 0), (0, 0))), leaflet.Polygon(locations=[], color="#D55E00", weight=2, fill=False)
         for layer in (self.over, self.ring): self.add(layer)
         self.on_interaction(lambda **event: clicked(*event["coordinates"]) if event.get("type") == "click" else None)
 
@@ -251,8 +256,18 @@ class PlaceMap(leaflet.Map):
     ):
         "Lay a picture on the map, and go there if it lies elsewhere."
         bounds = tuple(map(tuple, bounds))
-        if self.over.bounds != bounds: self.over.bounds, self.center, self.zoom = bounds, *_view(bounds, self.height)
+        if self.over.bounds != bounds:
+            self.over.bounds = bounds
+            self.fit(self.size)
         self.over.url = url
+
+    def fit(
+        self,
+        size,   # px that its picture may take
+    ):
+        "Go to the picture, and show it in this size at most."
+        self.size = size
+        self.center, self.zoom = _view(self.over.bounds, size)
 
     def mark(
         self,
@@ -347,15 +362,15 @@ class TrainingExplorer(Dashboard):
         "Draw anew."
         place, what, title, epoch = self.shown
         maps, story = self.story.maps(epoch), self.story
-        pictures = {"label": self.scheme.paint(story.places["label"][place]), **{f"{title} {s.upper()}": paint_layer(Layer("", "", "share", maps[f"{what}_{s}"][place]), None) for s in story.sensors}}
-        curves = {s.upper(): story.curve(f"{what}_{s}", place) for s in story.sensors}
+        pictures = {"label": self.scheme.paint(story.places["label"][place]), **{f"{title} {sensor_title(s)}": paint_layer(Layer("", "", "share", maps[f"{what}_{s}"][place]), None) for s in story.sensors}}
+        curves = {sensor_title(s): story.curve(f"{what}_{s}", place) for s in story.sensors}
         self.picture.value = "".join(_tile(name, picture) for name, picture in pictures.items()) + draw_curves(curves, story.epochs, epoch, f"mean {title} of the labelled pixels, 0 to 1")
 
     def figure(self):
         "What is shown, as a matplotlib Figure."
         place, what, title, epoch = self.shown
         maps, label = self.story.maps(epoch), self.story.places["label"][place]
-        figure, axes = plots.panels(1, 1 + len(self.story.sensors), ["Label", *(f"{title} {s.upper()}, epoch {epoch + 1}" for s in self.story.sensors)])
+        figure, axes = plots.panels(1, 1 + len(self.story.sensors), ["Label", *(f"{title} {sensor_title(s)}, epoch {epoch + 1}" for s in self.story.sensors)])
         plots.show_classes(axes[0, 0], label, self.scheme)
         for axis, s in zip(axes[0, 1:], self.story.sensors): axis.imshow(maps[f"{what}_{s}"][place], vmin=0, vmax=1, cmap=SHARES_CMAP, interpolation="nearest")
         plots.legend(figure, self.scheme, plots.present(label), **SHARE_LEGEND)

@@ -212,7 +212,7 @@ function cromssPanel(box, data, choices, show) {
   function control(name, title, element, unit) {
     const label = make('label', box), head = make('span', label);
     make('span', head, {textContent: title});
-    if (unit !== undefined) outputs[name] = [make('output', head), unit];
+    if (unit !== undefined) outputs[name] = [make('span', head), unit];      // an <output> would take the label for itself
     label.appendChild(element).name = name;
     element.addEventListener('input', () => { state[name] = Number(element.value); change(name); });
     state[name] = Number(element.value);
@@ -292,8 +292,9 @@ def _add_group(map_, places, number, title):
 class _Panel(MacroElement):
     "The panel on a folium map."
     _template = Template("""
-{% macro header(this, kwargs) %}<style>""" + _STYLE + """.leaflet-control.cromss-panel {max-height: calc(100vh - 40px); border-radius: 5px; box-shadow: 0 1px 5px #0006}
-.leaflet-control-layers {font: 13px/1.4 system-ui, sans-serif} .leaflet-control-layers-expanded {max-height: calc(100vh - 40px); overflow-y: auto}</style>{% endmacro %}
+{% macro header(this, kwargs) %}<style>""" + _STYLE + """.leaflet-control.cromss-panel {max-height: calc(100vh - 160px); border-radius: 5px; box-shadow: 0 1px 5px #0006}
+.leaflet-control-layers {font: 13px/1.4 system-ui, sans-serif} .leaflet-control-layers-expanded {max-height: calc(100vh - 40px); overflow-y: auto}
+@media (max-width: 900px) {.leaflet-control-layers-expanded {max-height: 40vh; max-width: 40vw; overflow-x: hidden} .leaflet-control.cromss-panel {max-height: 40vh; width: 200px}}</style>{% endmacro %}
 {% macro script(this, kwargs) %}
 """ + _PANEL + """
 (function () {
@@ -306,9 +307,10 @@ class _Panel(MacroElement):
     });
   }
   function show(state, changed) {
-    if (front >= 0 && front !== state.over) { style(front, 0, 100, front + 1); if (added) map.removeLayer(groups[front]); }
-    if (state.over >= 0 && front !== state.over) { added = !map.hasLayer(groups[state.over]); map.addLayer(groups[state.over]); }
-    front = state.over;
+    const before = front;
+    front = state.over;        // known before a layer is added, for that calls `show` again
+    if (before >= 0 && before !== front) { style(before, 0, 100, before + 1); if (added) map.removeLayer(groups[before]); }
+    if (front >= 0 && before !== front) { added = !map.hasLayer(groups[front]); map.addLayer(groups[front]); }
     if (front >= 0) style(front, state.position, state.opacity, 1000);
     for (const group of groups) group.eachLayer(picture => { if (picture.options.place === state.place) picture.bringToFront(); });
     if (changed === 'place') go(data.places[state.place].bounds);
@@ -349,6 +351,7 @@ _OFFLINE = """<!DOCTYPE html>
 html, body {{height: 100%; margin: 0}} body {{display: flex; flex-wrap: wrap; background: #ddd}}
 .cromss-panel {{height: 100%; flex: 0 1 250px}} main {{flex: 1 1 300px; height: 100%; overflow: auto; display: flex}} #stage {{position: relative; margin: auto; flex: none}}
 #stage img {{position: absolute; width: 100%; height: 100%; image-rendering: pixelated}} #stage img:not([src]) {{visibility: hidden}}
+@media (max-width: 560px) {{.cromss-panel {{flex: 1 1 100%; height: 45%}} main {{height: 55%}}}}
 </style>
 </head>
 <body>

@@ -679,7 +679,12 @@ class Store:
     @cached_property
     def has_reference(self):
         "Whether any location has reference labels."
-        return bool(self._index["reference"].any())
+        return bool(self.reference_mask.any())
+
+    @property
+    def reference_mask(self):
+        "Which seasons of which location have reference labels, bool (N, S)."
+        return self._index["reference"]
 
     def _at(self, i):
         "The row of location `i`, counted from the end if negative."

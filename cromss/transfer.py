@@ -63,20 +63,25 @@ def choose_tiles(
     test_store=None,   # the open Store to test on; None: part of `store`
 ):
     "The Tiles of a run. Raises ConfigError or DataError if there is nothing to train or to test on."
-    usable = np.flatnonzero(store.labelled_mask(config.sensors).sum(1) >= config.seasons_required)
+    usable = np.flatnonzero(_learnable(store, config).sum(1) >= config.seasons_required)
     if test_store is not None:
         _check_apart(config, store, test_store)
-        rest, test = usable, np.flatnonzero(test_store.labelled_mask(config.sensors).any(1))
+        rest, test = usable, np.flatnonzero(_learnable(test_store, config).any(1))
     elif config.test_places: rest, test = _apart(store, usable, config.test_places)
     else:
         split = split_locations(store, _test_fraction(config, len(usable)), config.crop or 64, config.seasons_required, config.split_seed, config.sensors)
         if split.kind != "locations": raise ConfigError(f"{store.folder}: one place cannot be both trained and tested on; give `test`, or cut it into patches (cromss prepare --patch)")
-        rest, test = split.train, split.validation
+        rest, test = (part[np.isin(part, usable)] for part in (split.train, split.validation))
     if test_store is None: rest = rest[~_overlap(store, rest, test)]
     if not len(rest) or not len(test): raise DataError(f"{store.folder}: {len(rest)} labelled tiles to train on and {len(test)} to test on; both are needed")
     left_out = len(store) - len(rest) - (len(test) if test_store is None else 0)
     rest, validation = _draw(store, rest, 1 - config.validation, config.seed)
     return Tiles(_draw(store, rest, config.train_fraction, config.seed)[0], validation, test, left_out)
+
+def _learnable(store, config):
+    "Which seasons of which location can be learned from, bool (N, S): labelled, with all sensors, and with a reference if that is the target."
+    there = store.labelled_mask(config.sensors)
+    return there & store.reference_mask if config.target == "reference" else there
 
 def _test_fraction(config, count):
     "The fraction of places to test on: as asked for, a quarter, or all but 32 of the built-in scenes."
