@@ -30,7 +30,7 @@ from .views import SHARES_CMAP, Layer, layer_names, layer_title, paint_layer, se
 
 # %% ../nbs/20_explorer.ipynb #4a5e8806
 ENTANGLING = {"published": "published", "geometric mean": "geometric", "exchanged": "exchange", "the others alone": "other", "off: its own alone": "own"}
-MAP_SIZE = 480      # height of a map, px
+MAP_SIZE = 470      # side of a map, px
 LISTED = 2000       # locations that are offered by name; of more, a name is typed
 
 def _control(kind, description, **options):
@@ -118,8 +118,8 @@ class SelectionExplorer(Dashboard):
         def box(title, *items): return w.VBox([w.HTML(f"<b>{title}</b>"), *items])
         left = w.VBox([box("Place", c["location"], c["key"], c["season"], self.overview), box("Layers", *(c[n] for n in ("above", "below", "compare", "opacity", "position", "classes"))),
                        box("Selection", c["epoch"], self.play, c["keep"], c["confidence"], c["entangle"])], layout=w.Layout(flex="0 0 330px"))
-        self.maps = w.HBox([self.map])
-        middle = w.VBox([self.maps, p["legend"], p["message"], box("Classes", p["classes"])], layout=w.Layout(flex="1 1 420px"))
+        self.maps = w.HBox([self.map], layout=w.Layout(flex_flow="row wrap"))
+        middle = w.VBox([self.maps, p["legend"], p["message"], box("Classes", p["classes"])], layout=w.Layout(flex="1 1 480px"))
         right = w.VBox([box("Confidences", c["sensor"], p["histogram"]), box("One pixel", c["row"], c["column"], p["pixel"])], layout=w.Layout(flex="0 1 460px"))
         self.children = [w.HTML(STYLE), w.HBox([left, middle, right], layout=w.Layout(flex_flow="row wrap"))]
 
@@ -192,14 +192,9 @@ class SelectionExplorer(Dashboard):
         above, below = e.picture(c["above"], only), e.picture(c["below"])
         self.map.show(e.place, compose(above, below, c["compare"], c["opacity"], c["position"]))
         if (apart := c["compare"] == "side by side"): self.second.show(e.place, below)
-        if len(self.maps.children) != 1 + apart: self._place_maps(apart)
+        if len(self.maps.children) != 1 + apart: self.maps.children = (self.map, self.second)[:1 + apart]
         place = "" if is_located(e.place) else "<br>Its position is not known: it is drawn at latitude and longitude 0, a pixel as 10 m."
         self.panel["legend"].value = draw_legend(e, [c["above"], c["below"]]) + place
-
-    def _place_maps(self, apart):
-        "One map, or two beside each other, in which a place is shown smaller."
-        self.maps.children = (self.map, self.second)[:1 + apart]
-        self.map.fit(MAP_SIZE * (.55 if apart else 1))
 
     def _draw_panels(self):
         e = self.exploration
@@ -220,7 +215,7 @@ class SelectionExplorer(Dashboard):
         figure, axes = plots.panels(1, len(names), [layer_title(e.place, n) for n in names])
         for axis, name in zip(axes[0], names): axis.imshow(e.picture(name), interpolation="nearest")
         plots.legend(figure, e.place.scheme, plots.present(e.place.label), **SHARE_LEGEND)
-        figure.suptitle(f"{e.place.key}, {c['season'].label}", fontsize=10)
+        figure.suptitle(f"{e.place.key}, {c['season'].label}", fontsize=10, x=.01, ha="left")
         return figure
 
 STYLE = ("<style>.leaflet-image-layer{image-rendering:pixelated} .cromss-table{font-size:12px;line-height:1.3} .cromss-table td,.cromss-table th{padding:1px 8px 1px 0;text-align:left}</style>")
@@ -233,9 +228,10 @@ class PlaceMap(leaflet.Map):
     def __init__(
         self,
         clicked,          # is called with latitude and longitude
-        height=MAP_SIZE,  # px
+        height=MAP_SIZE,  # px; the view is fitted to it
+        width=MAP_SIZE,   # px; a map whose size changes loses its centre
     ):
-        super().__init__(layers=(), attribution_control=False, scroll_wheel_zoom=True, zoom_snap=.25, max_zoom=22, layout=w.Layout(height=f"{height}px", width="100%", min_width="0"))
+        super().__init__(layers=(), attribution_control=False, scroll_wheel_zoom=True, zoom_snap=.25, max_zoom=22, layout=w.Layout(height=f"{height}px", width=f"{width}px", flex="0 0 auto", margin="0 4px 4px 0"))
         self.size, self.over, self.ring = height, leaflet.ImageOverlay(url="", bounds=((0, 0), (0, 0))), leaflet.Polygon(locations=[], color="#D55E00", weight=2, fill=False)
         for layer in (self.over, self.ring): self.add(layer)
         self.on_interaction(lambda **event: clicked(*event["coordinates"]) if event.get("type") == "click" else None)
@@ -256,18 +252,8 @@ class PlaceMap(leaflet.Map):
     ):
         "Lay a picture on the map, and go there if it lies elsewhere."
         bounds = tuple(map(tuple, bounds))
-        if self.over.bounds != bounds:
-            self.over.bounds = bounds
-            self.fit(self.size)
+        if self.over.bounds != bounds: self.over.bounds, self.center, self.zoom = bounds, *_view(bounds, self.size)
         self.over.url = url
-
-    def fit(
-        self,
-        size,   # px that its picture may take
-    ):
-        "Go to the picture, and show it in this size at most."
-        self.size = size
-        self.center, self.zoom = _view(self.over.bounds, size)
 
     def mark(
         self,
@@ -294,7 +280,7 @@ class Overview(PlaceMap):
         store,   # a Store
         jump,    # is called with the number of a location
     ):
-        super().__init__(lambda lat, lon: jump(self.nearest(lat, lon)), 150)
+        super().__init__(lambda lat, lon: jump(self.nearest(lat, lon)), 150, 310)
         self.centers = store.centers()
         self.here = leaflet.CircleMarker(location=(0, 0), radius=7, color="#D55E00", weight=3, fill=False)
         known = self.centers[np.isfinite(self.centers).all(1)]

@@ -22,6 +22,7 @@ from pystac.validation import validate_dict
 from rasterio import Affine
 from rasterio.enums import ColorInterp
 from rasterio.warp import Resampling, array_bounds, reproject, transform, transform_bounds
+from rio_cogeo.cogeo import cog_validate
 
 from cromss.classes import DYNAMIC_WORLD, ClassScheme
 from cromss.config import ConfigError, DataError
@@ -322,6 +323,8 @@ def check_cog(path):
         directories = [int(file.get_tag_item("IFD_OFFSET", "TIFF", 1, ovr=n)) for n in (None, *range(len(levels)))]
         data = [int(file.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", 1, ovr=n)) for n in (None, *range(len(levels)))]
         assert directories == sorted(directories) and data == sorted(data, reverse=True) and max(directories) < min(data)
+    valid, errors, _ = cog_validate(path, strict=True, quiet=True)
+    assert valid, errors
     head = open(path, "rb").read(2000)
     assert head[:2] == b"II" and b"LAYOUT=IFDS_BEFORE_DATA" in head and b"KNOWN_INCOMPATIBLE_EDITION=NO" in head
 

@@ -9,7 +9,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = [r"\A#\|\s*hide"]                                   # nbdev's directive for cells that are no reader's business
-NOTEBOOK_LINK = re.compile(r"\]\(((?:[\w-]+/)*[\w-]+\.ipynb)")   # a link beside index.ipynb, seen from the root, lies in nbs/
+NOTEBOOK_LINK = re.compile(r"\]\(((?:[\w-]+/)*[\w-]+\.ipynb|images/[\w-]+\.png)")   # a link beside index.ipynb, seen from the root, lies in nbs/
 
 
 def readme(notebook=ROOT / "nbs" / "index.ipynb"):
