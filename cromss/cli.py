@@ -486,7 +486,7 @@ def _gallery(tokens):
 # %% ../nbs/22_cli.ipynb #1ac9edac
 def _app(tokens):
     parser = _parser("app", "--run RUN [options]", "Serve the explorer of a run as a web page: which pixels each sensor believes, and what is selected. Only this machine reaches it, unless --host says otherwise.")
-    parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run, or one of its checkpoints")
     parser.add_argument("--store", type=str | None, default=None, help="folder of the store to look at; null: the one that the run was trained on")
     parser.add_argument("--location", type=str, default="0", help="number or name of the first location")
     parser.add_argument("--host", type=str, default="localhost", help="address to listen on; 0.0.0.0: every one of this machine")

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['BINS', 'COLORS', 'COMPARE', 'Exploration', 'explore', 'histograms', 'class_rows', 'pixel', 'target',
-           'draw_histograms', 'draw_pixel', 'draw_legend', 'draw_curves', 'compose', 'png_url']
+           'draw_histograms', 'draw_pixel', 'draw_legend', 'draw_curves', 'compose']
 
-# %% ../nbs/19a_exploration.ipynb #737257d1
-import base64
+# %% ../nbs/19a_exploration.ipynb #05c36890
 import html
 from dataclasses import replace
 
-import cv2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -20,11 +18,11 @@ from matplotlib.colors import to_hex
 
 from .classes import IGNORE
 from .config import ConfigError, PretrainConfig, SelectionConfig, SmoothingConfig, resolve, run_config
-from .pretraining import PatchDataModule, open_data, trained_network, used_bands
+from .pretraining import PatchDataModule, load_task, open_data, trained_network, used_bands
 from .runs import Run
 from .smoothing import smooth_labels, smoothing_prior
 from .store import Store
-from .views import MARK, SHARES_CMAP, make_layer, open_place, paint_layer, sensor_title
+from .views import MARK, SHARES_CMAP, make_layer, open_place, paint_layer, png_url, sensor_title
 
 # %% ../nbs/19a_exploration.ipynb #a27842fe
 class Exploration:
@@ -100,7 +98,7 @@ class Exploration:
         return rgba
 
 def explore(
-    run,            # a Run of `pretrain`, its folder, or a CrossModalSegmenter in evaluation mode
+    run,            # a Run of `pretrain`, its folder, one of its checkpoints, or a CrossModalSegmenter in evaluation mode
     store=None,     # an open Store, or its folder; None: the one that the run was trained on
     location=0,     # number or key of the first location
     season=None,    # index of the season; None: the first that is labelled
@@ -111,10 +109,25 @@ def explore(
     if isinstance(run, torch.nn.Module):
         if store is None: raise ConfigError("store=None: a network alone does not say what it was trained on; give a store or its folder")
         return Exploration(run, store, location, season, side=side)
-    run = run if isinstance(run, Run) else Run(resolve(run), run_config(run, PretrainConfig))
+    run, checkpoint = _run_of(run)
     store = store or open_data(run.config)
-    model = trained_network(run, PatchDataModule(run.config, store))
+    model = _network(run, checkpoint, PatchDataModule(run.config, store))
     return Exploration(model, store, location, season, run.config.selection, run.config.smoothing, used_bands(run.config, store), side)
+
+def _run_of(run):
+    "A Run, and the checkpoint of it that was named, or None."
+    if isinstance(run, Run): return run, None
+    path = resolve(run)
+    checkpoint = path if path.suffix == ".ckpt" else None
+    folder = path.parent.parent if checkpoint else path
+    return Run(folder, run_config(folder, PretrainConfig)), checkpoint
+
+def _network(run, checkpoint, data):
+    "The network of a finished run, or as a checkpoint has it. Raises ConfigError or WeightsError."
+    if checkpoint is None: return trained_network(run, data)
+    model, bands = load_task(run, checkpoint).model.requires_grad_(False), {s: len(names) for s, names in data.bands.items()}
+    if model.options["bands"] != bands: raise ConfigError(f"{checkpoint}: sees {model.options['bands']} bands, and {data.store.folder.name} gives {bands}; take the data it was trained on")
+    return model
 
 # %% ../nbs/19a_exploration.ipynb #90d45715
 BINS = 40   # of a histogram
@@ -287,11 +300,3 @@ def compose(
     alpha = a + b
     rgb = (above[..., :3] * a + below[..., :3] * b) / np.maximum(alpha, 1e-6)
     return np.dstack([rgb, alpha * 255]).round().astype(np.uint8)
-
-def png_url(
-    rgba,   # uint8 (H, W, 4)
-):
-    "The picture as a data URL, which needs no file and no request."
-    done, code = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(rgba), cv2.COLOR_RGBA2BGRA), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not done: raise ValueError(f"a picture of {rgba.shape} cannot be coded")
-    return f"data:image/png;base64,{base64.b64encode(code).decode()}"

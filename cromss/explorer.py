@@ -21,12 +21,12 @@ from rasterio.warp import transform
 
 from . import plots
 from .config import ConfigError, DataError
-from .exploration import COMPARE, Exploration, class_rows, compose, draw_curves, draw_histograms, draw_legend, draw_pixel, explore, pixel, png_url
+from .exploration import COMPARE, Exploration, class_rows, compose, draw_curves, draw_histograms, draw_legend, draw_pixel, explore, pixel
 from .maps import is_located, outline, overlay, pixel_at
 from .pretraining import open_data
 from .runs import Run, list_runs
 from .snapshots import Story
-from .views import SHARES_CMAP, Layer, layer_names, layer_title, paint_layer, sensor_title
+from .views import SHARES_CMAP, Layer, layer_names, layer_title, paint_layer, png_url, sensor_title
 
 # %% ../nbs/20_explorer.ipynb #4a5e8806
 ENTANGLING = {"published": "published", "geometric mean": "geometric", "exchanged": "exchange", "the others alone": "other", "off: its own alone": "own"}
@@ -62,7 +62,7 @@ class SelectionExplorer(Dashboard):
 
     def __init__(
         self,
-        run,             # a Run, its folder, a CrossModalSegmenter, or an Exploration
+        run,             # a Run, its folder, one of its checkpoints, a CrossModalSegmenter, or an Exploration
         store=None,      # an open Store, or its folder; None: the one that the run was trained on
         location=0,      # number or key of the first location
         season=None,     # index of the season; None: the first that is labelled

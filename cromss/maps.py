@@ -6,8 +6,7 @@
 __all__ = ['RADIUS', 'MOST_PLACES', 'MOST_BYTES', 'is_located', 'pixel_at', 'outline', 'overlay', 'folium_map', 'offline_page',
            'save_map', 'export_geotiff', 'share_names', 'write_qml', 'footprint', 'stac_item', 'export_place']
 
-# %% ../nbs/17_maps.ipynb #a719247b
-import base64
+# %% ../nbs/17_maps.ipynb #3472153b
 import html
 import json
 import math
@@ -18,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
-import cv2
 import folium
 import matplotlib
 import numpy as np
@@ -40,7 +38,7 @@ from .classes import IGNORE
 from .predict import Layer as RasterLayer, _class_layer, _workplace, _writing
 from .runs import write_whole
 from .sources import Grid, _apply
-from .views import MARK, SHARES_CMAP, layer_names, layer_title, make_layer, paint_layer
+from .views import MARK, SHARES_CMAP, layer_names, layer_title, make_layer, paint_layer, png_url
 
 # %% ../nbs/17_maps.ipynb #2cdc629b
 RADIUS = 6378137.0                      # of the sphere of EPSG:3857, m
@@ -174,8 +172,8 @@ def _place_entry(place, selection, names):
     made = [make_layer(place, selection, name) for name in names if name in layer_names(place)]
     laid = {layer.title: overlay(place, paint_layer(layer, place.scheme)) for layer in made}
     picture, bounds = next(iter(laid.values()))
-    return {"name": f"{place.key}, season {place.season + 1}", "bounds": bounds, "size": picture.shape[1::-1], "located": is_located(place), "km": _width(place), "kinds": {layer.kind for layer in made},
-            "classes": _present(place.scheme, [layer.values for layer in made if layer.kind == "classes"]), "pictures": {title: _png_url(rgba) for title, (rgba, _) in laid.items()}}
+    return {"name": f"{place.key}, {place.season_title}", "bounds": bounds, "size": picture.shape[1::-1], "located": is_located(place), "km": _width(place), "kinds": {layer.kind for layer in made},
+            "classes": _present(place.scheme, [layer.values for layer in made if layer.kind == "classes"]), "pictures": {title: png_url(rgba, 6) for title, (rgba, _) in laid.items()}}
 
 def _present(scheme, maps):
     "Names and colours of the classes that occur in maps."
@@ -186,11 +184,6 @@ def _width(place):
     "From west to east in the middle of a place, km."
     west, south, east, north = _ground(place).box
     return (east - west) / np.cosh((south + north) / 2 / RADIUS) / 1000
-
-def _png_url(rgba):
-    "A picture as a data URL, which needs no file and no request."
-    code = cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA), [cv2.IMWRITE_PNG_COMPRESSION, 6])[1]
-    return f"data:image/png;base64,{base64.b64encode(code).decode()}"
 
 def _ramp(count=9): return [to_hex(matplotlib.colormaps[SHARES_CMAP](i / (count - 1))) for i in range(count)]
 
@@ -437,7 +430,7 @@ def _grid(place):
 
 def _write_tifs(place, selection, grid, paths, work, tags):
     "The GeoTIFFs in a folder for working files."
-    tags = {"LOCATION": place.key, "SEASON": str(place.season + 1), **{k: str(v) for k, v in (tags or {}).items()}}
+    tags = {"LOCATION": place.key, "SEASON": place.season_name or str(place.season + 1), **{k: str(v) for k, v in (tags or {}).items()}}
     everything = tuple(slice(0, n) for n in grid.shape)
     for name in _CLASSES:
         with _class_layer(paths[name], work, grid, place.scheme, tags) as layer:
@@ -541,7 +534,7 @@ def stac_item(
     grid, (geometry, bbox) = _grid(place), footprint(place)
     times, said = _times(when)
     name = re.sub(r"[^\w.-]+", "_", place.key)
-    item = pystac.Item(f"{name}-season-{place.season + 1}", geometry, bbox, properties={"title": f"{place.key}, season {place.season + 1}", "description": f"Noisy label, suggested label, confidences and weights.{said}"}, **times)
+    item = pystac.Item(f"{name}-season-{place.season + 1}", geometry, bbox, properties={"title": f"{place.key}, {place.season_title}", "description": f"Noisy label, suggested label, confidences and weights.{said}"}, **times)
     code = grid.crs.to_epsg()
     ProjectionExtension.ext(item, add_if_missing=True).apply(epsg=code, wkt2=None if code else grid.crs.to_wkt(version="WKT2_2019"), shape=list(grid.shape), transform=list(grid.transform)[:6])
     for key, path in files.items(): _add_asset(item, key, Path(path), place, grid)

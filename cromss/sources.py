@@ -379,6 +379,7 @@ def check_coding(
 
 # %% ../nbs/04_sources.ipynb #a3e3b5e2
 SOURCES = {}                                                        # kind: class
+_HOME = {}                                                          # kind: the module of its first class
 FORMATS = ("catalogs", "records", "shards", "trees", "sources")     # modules that register sources, asked in this order; what others register is asked last
 
 def register(
@@ -386,6 +387,7 @@ def register(
 ):
     "Make a source known to `open_source`, by its `kind`."
     SOURCES[cls.kind] = cls
+    if cls.__module__.startswith("cromss.") or cls.kind not in _HOME: _HOME[cls.kind] = cls.__module__      # a class that is defined anew, in a notebook, keeps the place of its kind
     return cls
 
 class FileSource:
@@ -606,7 +608,7 @@ def known_sources():
     "Every kind of source and its class, {kind: class}, in the order in which they are asked."
     _load_formats()
     order = {f"cromss.{name}": n for n, name in enumerate(FORMATS)}
-    return dict(sorted(SOURCES.items(), key=lambda item: order.get(item[1].__module__, len(order))))
+    return dict(sorted(SOURCES.items(), key=lambda item: order.get(_HOME[item[0]], len(order))))
 
 def _place(path):
     "A path as sources take it: Path, or str for a URL. Raises DataError if nothing is there."

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHARES_CMAP', 'MARK', 'Place', 'open_place', 'Layer', 'layer_names', 'make_layer', 'sensor_title',
-           'layer_title', 'paint_layer']
+           'layer_title', 'paint_layer', 'png_url']
 
-# %% ../nbs/16b_views.ipynb #8787edb7
+# %% ../nbs/16b_views.ipynb #71e5b68c
+import base64
 import math
 from dataclasses import dataclass
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .classes import IGNORE
 from .config import ConfigError, DataError, SelectionConfig
@@ -38,9 +39,17 @@ class Place:
     log_p: LogProbabilities       # {sensor: (1, C, H, W)}
     crs: str                      # such as "EPSG:32632"; "" where it is not known
     transform: tuple              # six numbers, as rasterio's Affine; None where they are not known
+    season_name: str = ""         # what the store calls the season
 
     @property
-    def shape(self): return self.label.shape
+    def shape(self):
+        "Height and width, px."
+        return self.label.shape
+
+    @property
+    def season_title(self):
+        "The season's name, or its number from 1."
+        return self.season_name or f"season {self.season + 1}"
 
     def select(
         self,
@@ -79,7 +88,7 @@ def open_place(
     masks = {name: None if (m := cut(name)) is None else m.astype(np.uint8) for name in ("mask", "season_masks", "reference")}
     specs = {s: store.sensors[s].select((bands or {}).get(s) or store.sensors[s].bands) for s in sensors}
     return Place(store.key(number), number, season, specs, store.scheme, {s: i.numpy()[..., :height, :width] for s, i in images.items()}, masks["mask"], masks["season_masks"], cut("valid"),
-                 masks["reference"], log_p, sample.get("crs", ""), _finite(sample.get("transform")))
+                 masks["reference"], log_p, sample.get("crs", ""), _finite(sample.get("transform")), store.seasons(number)[season])
 
 def _number(store, location):
     "The number of a location that is named or counted."
@@ -193,6 +202,14 @@ def paint_layer(
     if layer.kind == "yesno": return _opaque(np.broadcast_to(np.uint8(MARK), (*values.shape, 3)), values)
     known = np.isfinite(values)
     return _opaque(_LUT[(np.clip(np.nan_to_num(values), 0, 1) * 255).round().astype(np.uint8)], known)
+
+def png_url(
+    rgba,       # uint8 (H, W, 4)
+    effort=1,   # 0 to 9: of the compression
+):              # text
+    "A picture as a data URL, which needs no file and no request."
+    code = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(rgba), cv2.COLOR_RGBA2BGRA), [cv2.IMWRITE_PNG_COMPRESSION, effort])[1]
+    return f"data:image/png;base64,{base64.b64encode(code).decode()}"
 
 def _opaque(rgb, shown=None):
     alpha = np.full(rgb.shape[:2], 255, np.uint8) if shown is None else np.where(shown, 255, 0).astype(np.uint8)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cromss.app import serve, write_app
+from cromss.checkpoints import newest_checkpoint
 from cromss.classes import ClassScheme
 from cromss.config import ConfigError, CromssError, SelectionConfig, preset
 from cromss.exploration import Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
@@ -160,6 +161,12 @@ def test_the_ramp_sets_in(shown):
         shown.control["epoch"].value = epoch
         kept.append(float((shown.exploration.layer("label weight s2").values >= 1).mean()))
     assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+
+
+def test_a_checkpoint_can_be_looked_at(run):
+    newest, finished = explore(newest_checkpoint(run)).place, explore(run).place
+    assert all(torch.equal(newest.log_p[s], finished.log_p[s]) for s in ("s1", "s2")) and (newest.season_title, newest.season) == ("spring", 0)
+    with pytest.raises(CromssError, match="no.ckpt"): explore(run.checkpoints / "no.ckpt")
 
 
 def test_figures_of_the_selection(run):

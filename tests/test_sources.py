@@ -10,6 +10,7 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from refusals import refused, skipped
 
+from cromss import sources
 from cromss.classes import SCHEMES
 from cromss.config import ConfigError, DataError
 from cromss.sensors import SENSORS
@@ -600,3 +601,12 @@ def test_probabilities_reach_the_batch(plain, tmp_path):
 def test_scaled_values_are_refused(plain):
     with rasterio.open(plain / "a/2021-04/s2.tif", "r+") as file: file.scales, file.offsets = [1e-4] * 4, [-0.1] * 4
     refused(lambda: PlainSource(plain).read("a"), "scale of 0.0001 and an offset of -0.1", "gdal_edit.py")
+
+
+def test_a_format_that_is_defined_anew_in_a_notebook_keeps_its_turn():
+    "Executing the notebook of a format registers its classes again: they are asked in the same order as before."
+    before, pattern = list(sources.known_sources()), sources.known_sources()["pattern"]
+    try:
+        sources.register(type("PatternSource", (pattern,), {"__module__": "__main__"}))
+        assert list(sources.known_sources()) == before and before.index("pattern") < before.index("plain")
+    finally: sources.register(pattern)
