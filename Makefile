@@ -62,7 +62,7 @@ index: setup  ## prepare a store of 250,000 locations with tiny values, and time
 	$(PY) bench/index.py
 
 lab: setup  ## open JupyterLab on the tutorial of the explorer (ARGS=--no-browser)
-	$(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tutorials/03_explore.ipynb --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
+	$(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tutorials/03_explore.ipynb --LabApp.app_settings_dir=$(CURDIR)/tools/lab $(ARGS)
 
 readme: setup  ## make README.md from nbs/index.ipynb
 	$(PY) tools/readme.py

@@ -117,6 +117,8 @@ def test_stored_outputs_are_fit_to_be_seen(book):
         for output in cell["outputs"]:
             assert output["output_type"] != "error", source(cell)
             assert "Traceback (most recent call last)" not in json.dumps(output), source(cell)
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{source(cell)}: run tools/still.py, which leaves the picture"
+    assert "widgets" not in json.loads(book.read_text(encoding="utf-8"))["metadata"]
     assert book.stat().st_size < 3e6, "figures at a lower dpi"
 
 
