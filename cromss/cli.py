@@ -472,6 +472,28 @@ def _audited(found):
     for reason, left in s["left_out"].items(): yield f"seasons left out, {reason}: {left['seasons']:,} ({_few(left['such_as'])})"
     if not (found.folder / "tiles.parquet").is_file(): yield "tiles.parquet is left out: it needs pyarrow (pip install pyarrow)"
 
+# %% ../nbs/22_cli.ipynb #7e5ebda8
+def _map(tokens):
+    parser = _parser("map", "--run RUN --out FOLDER [options]", "Save one place as a run sees it: a page with all its layers, a legend and a swipe, and Cloud Optimized GeoTIFFs with QGIS styles and a STAC item.")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run, or one of its checkpoints")
+    parser.add_argument("--out", type=str | None, default=None, help="folder to write, new or empty")
+    parser.add_argument("--store", type=str | None, default=None, help="folder of the store; null: the one that the run was trained on")
+    parser.add_argument("--location", type=str, default="0", help="number or name of the place, such as an audit names it")
+    parser.add_argument("--season", type=int | None, default=None, help="number of the season, from 0; null: the first that is labelled")
+    parser.add_argument("--base", type=str | None, default=None, help='background of the page that whoever opens it fetches from the web, such as "Esri WorldImagery"; null: none, and the page fetches nothing')
+    given = _parse(parser, tokens)
+    if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss map --help")
+    from cromss.exploration import explore
+    from cromss.maps import export_place, is_located, save_map
+    shown, out = explore(given["run"], given["store"] and resolve(given["store"]), _location(given["location"]), given["season"]), Path(given["out"])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out}: exists already and is not overwritten; choose another folder, or move it away")
+    if is_located(shown.place): export_place(shown.place, out, shown.selection)
+    else: print(f"{shown.place.key}: its position is not known, so there are no GeoTIFFs")
+    print(save_map(out / "map.html", shown.place, selection=shown.selection, offline=given["base"] is None, base=given["base"]))
+    return 0
+
+def _location(text): return int(text) if text.isdecimal() else text
+
 # %% ../nbs/22_cli.ipynb #d0d4c234
 def _gallery(tokens):
     parser = _parser("gallery", "--out FOLDER [options]", "Write a page that compares runs: settings that differ, last figures, pictures.")
@@ -496,7 +518,7 @@ def _app(tokens):
     if not given["run"]: raise ConfigError("--run: is needed; see cromss app --help")
     from cromss.app import serve
     from cromss.exploration import explore
-    location = int(given["location"]) if given["location"].isdecimal() else given["location"]
+    location = _location(given["location"])
     found = explore(given["run"], given["store"] and resolve(given["store"]), location)     # what cannot be opened is said here, not on the page
     serve(resolve(given["run"]), found.store.folder.resolve(), location, given["host"], given["port"], not given["no_browser"])
     return 0
@@ -534,6 +556,7 @@ COMMANDS = {
     "evaluate": (_evaluate, "PREDICTOR DATA", "test what was trained on other tiles"),
     "predict": (_predict, "PREDICTOR MAP IMAGE...", "map a whole scene"),
     "audit": (_audit, "--run RUN --out FOLDER", "find where the labels of a store are probably wrong"),
+    "map": (_map, "--run RUN --out FOLDER", "save one place with all its layers: a page, GeoTIFFs"),
     "app": (_app, "--run RUN", "show what each sensor believes, as a web page"),
     "gallery": (_gallery, "--out FOLDER", "write a page that compares all runs"),
     "export": (_export, "WEIGHTS FILE", "write an encoder or a predictor as ONNX, or for torch.export"),

@@ -8,6 +8,7 @@ import sys
 import cv2
 import nbformat
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from cromss.app import serve, write_app
 from cromss.checkpoints import newest_checkpoint
 from cromss.classes import ClassScheme
+from cromss.cli import main
 from cromss.config import ConfigError, CromssError, SelectionConfig, preset
 from cromss.exploration import Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
 from cromss.explorer import ENTANGLING, RunBrowser, SelectionExplorer, TrainingExplorer, run_table
@@ -303,3 +305,23 @@ def test_layer_titles(run):
     place = explore(run).place
     assert layer_title(place, "label weight s1") == "Label weight S1" and layer_title(place, "suggested label") == "Suggested label"
     assert len(MARK) == 3 and set(ENTANGLING.values()) == {"published", "geometric", "exchange", "other", "own"}
+
+
+def test_from_a_run_to_a_list_of_suspicious_labels_and_a_map(run, tmp_path, capsys):
+    "What the README promises, by its commands: audit, map, gallery."
+    assert main(["audit", "--run", str(run.folder), "--out", str(tmp_path / "audit"), "--top", "2"]) == 0
+    worst = pd.read_csv(tmp_path / "audit" / "tiles.csv").iloc[0]
+    assert "probably wrong" in capsys.readouterr().out and (tmp_path / "audit" / "tiles.parquet").is_file()
+    assert main(["map", "--run", str(run.folder), "--location", worst["key"], "--season", str(worst["season"]), "--out", str(tmp_path / "map")]) == 0
+    assert {"map.html", "label.tif", "label.qml", "item.json"} <= {p.name for p in (tmp_path / "map").iterdir()} and worst["key"] in (tmp_path / "map" / "map.html").read_text(encoding="utf-8")
+    assert main(["gallery", "--runs", str(run.folder.parent), "--out", str(tmp_path / "gallery")]) == 0
+    assert (tmp_path / "gallery" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("tokens, words", [(["map", "--out", "m"], "--run"), (["audit", "--out", "m"], "--run"), (["app"], "--run"), (["gallery"], "--out"), (["map", "--run", "RUN", "--out", "RUN"], "not overwritten"),
+                                           (["map", "--run", "RUN", "--out", "m", "--location", "nowhere"], "nowhere"), (["app", "--run", "RUN", "--location", "99"], "location 99"), (["app", "--run", "none"], "none")])
+def test_commands_refuse_in_one_line(run, tokens, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run.folder) if t == "RUN" else t for t in tokens]) != 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("cromss: ") and words in said[0] and not list(tmp_path.iterdir())
