@@ -79,8 +79,11 @@ METHODS = {
     "per-class": Method("CromSS, kept fraction of each class", _variant(keep="per-class")),
     "global": Method("CromSS, one threshold for all classes", _variant(per_class=False)),
     "keep-70": Method("CromSS, 70 % kept", _variant(keep=.7)),
-    "best": Method("labels corrected by both sensors", PRESETS["best"]),
+    "best": Method("labels corrected by both sensors and seasons", PRESETS["best"]),
+    "corrected": Method("labels corrected by both sensors", dict(PRESETS["best"], season_share=0.0)),
     "self-taught": Method("labels corrected by the sensor itself", dict(_PLAIN, teachers="first"), True),
+    "self-seasons": Method("labels corrected by the sensor itself and seasons", dict(_PLAIN, teachers="first", season_share=0.15), True),
+    "seasons": Method("one sensor, labels corrected by the seasons", dict(_PLAIN, season_share=0.15), True),
     "no-smoothing": Method("CromSS without smoothing", dict(smoothing=None)),
     "no-teaching": Method("CromSS without consistency", dict(consistency="none")),
     "late": Method("CromSS, late fusion", dict(fusion="late")),
@@ -601,7 +604,7 @@ def read_ablation(
 def _weighs(method):
     "Whether weights are all that stands between a method and the noisy labels, so that the noise in them says what it learns from."
     changes = METHODS[method].changes
-    return METHODS[method].labels == "noisy" and not changes.get("robust") and not changes.get("teachers")
+    return METHODS[method].labels == "noisy" and not any(changes.get(name) for name in ("robust", "teachers", "season_share"))
 
 def _of_cells(config):
     "What was watched in training, and how long it took, by cell."

@@ -480,6 +480,7 @@ def _map(tokens):
     parser.add_argument("--store", type=str | None, default=None, help="folder of the store; null: the one that the run was trained on")
     parser.add_argument("--location", type=str, default="0", help="number or name of the place, such as an audit names it")
     parser.add_argument("--season", type=int | None, default=None, help="number of the season, from 0; null: the first that is labelled")
+    parser.add_argument("--colors", type=str, default="scheme", help="of the classes: scheme, or safe, which colour-blind readers tell apart")
     parser.add_argument("--base", type=str | None, default=None, help='background of the page that whoever opens it fetches from the web, such as "Esri WorldImagery"; null: none, and the page fetches nothing')
     given = _parse(parser, tokens)
     if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss map --help")
@@ -487,6 +488,7 @@ def _map(tokens):
     from cromss.maps import export_place, is_located, save_map
     shown, out = explore(given["run"], given["store"] and resolve(given["store"]), _location(given["location"]), given["season"]), Path(given["out"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out}: exists already and is not overwritten; choose another folder, or move it away")
+    shown.recolor(given["colors"])
     if is_located(shown.place): export_place(shown.place, out, shown.selection)
     else: print(f"{shown.place.key}: its position is not known, so there are no GeoTIFFs")
     print(save_map(out / "map.html", shown.place, selection=shown.selection, offline=given["base"] is None, base=given["base"]))

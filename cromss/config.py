@@ -166,7 +166,8 @@ class PretrainConfig:
     smoothing: SmoothingConfig | None = field(default_factory=SmoothingConfig)                          # None: hard labels
     robust: RobustConfig | None = None                                                                  # a conventional noisy-label method in place of selection and smoothing; None: CromSS
     teachers: tuple[str, ...] = ()            # finished runs whose sensors together correct the labels; "first": a run of the same settings is trained before, in this run's folder; empty: none
-    label_share: float = 0.2                  # of teachers: weight of the label beside what they believe, 0 or more
+    label_share: float = 0.2                  # of teachers and season_share: weight of the label beside what they are for, 0 or more
+    season_share: float = 0.0                 # weight of the label of each other season in what a label is corrected to, beside teachers or alone; 0: other seasons are not asked
     seed: int = 42                            # of weights, seasons, crops, flips and the split
     precision: str = "auto"                   # "32-true", "bf16-mixed", "16-mixed", or "auto": bf16 where the hardware has it, else 32
     compile: bool = False                     # compile the network by torch.compile: the first step takes minutes, the others less
@@ -206,8 +207,8 @@ class PretrainConfig:
         if self.resume == "auto" and not self.name: raise ConfigError("resume='auto' goes on with the run of a name: give `name`, too")
         if self.encoder_depth is not None: _whole("encoder_depth", self.encoder_depth, 1)
         if self.devices != "auto": _whole("devices", self.devices, 1)
-        _within("label_share", self.label_share, 0, 1000)
-        if self.teachers and self.selection and self.selection.temporal: raise ConfigError("selection.temporal=True counts the seasons that agree with the label, and teachers change the label: give one of the two")
+        for name in ("label_share", "season_share"): _within(name, getattr(self, name), 0, 1000)
+        if (self.teachers or self.season_share) and self.selection and self.selection.temporal: raise ConfigError("selection.temporal=True counts the seasons that agree with the label, and teachers and season_share change the label: give one of the two")
         if self.robust: object.__setattr__(self, "smoothing", None)
         if "first" in self.teachers and len(self.teachers) > 1: raise ConfigError(f"teachers={self.teachers!r}: give 'first' alone, or run folders")
         if self.robust and self.selection: raise ConfigError(f"robust={self.robust.method!r} takes the place of the selection: give selection=False as well")
@@ -269,7 +270,7 @@ def _normalise(config):
     put(listed, "sensors", "loggers", "teachers")
     put(_maybe(lambda name, v: listed(name, v, int)), "decoder_channels")
     put(lambda name, v: _bands(v), "bands")
-    put(_number, "learning_rate", "weight_decay", "label_share")
+    put(_number, "learning_rate", "weight_decay", "label_share", "season_share")
     put(_text, "data", "name", "classes", "architecture", "encoder", "stores", "runs", "resume")
     put(lambda name, v: int(v) if isinstance(v, str) and v.isdigit() else v, "devices")
     put(lambda name, v: _nested(SelectionConfig, v, name), "selection")
@@ -375,7 +376,7 @@ PRESETS = {
         encoder="resnet50", encoder_depth=None, decoder_channels=None, norm="shared", epochs=200, batch_size=128, learning_rate=5e-3, schedule="plateau", patience=30,
         min_steps=1, crop=256, rotation=True, seasons_required=4, validation=0.01, selection=SelectionConfig(method="exact"),
         smoothing=SmoothingConfig(), precision="16-mixed", num_workers=8),
-    "best": dict(selection=None, smoothing=None, fusion="late", consistency="none", teachers=("first",)),      # the labels corrected by both sensors together: see the page "Does it work?"
+    "best": dict(selection=None, smoothing=None, fusion="late", consistency="none", teachers=("first",), season_share=0.15),   # the labels corrected by both sensors together and by the other seasons: see the page "Does it work?"
 }
 
 _RESNET50 = dict(target="labels", encoder="resnet50", encoder_depth=None, decoder_channels=None, epochs=50, batch_size=32, learning_rate=5e-4, rotation=True, precision="16-mixed", num_workers=8)

@@ -94,6 +94,7 @@ class SelectionExplorer(Dashboard):
                 "compare": _control(w.Dropdown, "compare", options=COMPARE),
                 "opacity": _control(w.FloatSlider, "opacity", value=.7, min=0, max=1, step=.05),
                 "position": _control(w.FloatSlider, "swipe at", value=.5, min=0, max=1, step=.01),
+                "colors": _control(w.Dropdown, "class colours", options={"the scheme's": "scheme", "told apart by all": "safe"}, value=e.colors),
                 "classes": _control(w.SelectMultiple, "only labels", options=e.place.scheme.names, rows=4)}
 
     def _layers(self):
@@ -116,7 +117,7 @@ class SelectionExplorer(Dashboard):
     def _arrange(self):
         c, p = self.control, self.panel
         def box(title, *items): return w.VBox([w.HTML(f"<b>{title}</b>"), *items])
-        left = w.VBox([box("Place", c["location"], c["key"], c["season"], self.overview), box("Layers", *(c[n] for n in ("above", "below", "compare", "opacity", "position", "classes"))),
+        left = w.VBox([box("Place", c["location"], c["key"], c["season"], self.overview), box("Layers", *(c[n] for n in ("above", "below", "compare", "opacity", "position", "colors", "classes"))),
                        box("Selection", c["epoch"], self.play, c["keep"], c["confidence"], c["entangle"])], layout=w.Layout(flex="0 0 330px"))
         self.maps = w.HBox([self.map], layout=w.Layout(flex_flow="row wrap"))
         middle = w.VBox([self.maps, p["legend"], p["message"], box("Classes", p["classes"])], layout=w.Layout(flex="1 1 480px"))
@@ -137,6 +138,7 @@ class SelectionExplorer(Dashboard):
         elif name in ("row", "column"): self._point(self.control["row"].value, self.control["column"].value)
         elif name in ("keep", "confidence", "entangle"): e.set(**{name: value})
         elif name == "epoch": e.set(epoch=value)
+        elif name == "colors": self._recolor(value)
         if name == "sensor": self._draw_panels()
         elif name not in ("row", "column"): self.update(panels=name not in ("above", "below", "compare", "opacity", "position", "classes"))
 
@@ -157,6 +159,10 @@ class SelectionExplorer(Dashboard):
         self._keep_layers()
         height, width = e.place.shape
         c["row"].max, c["column"].max, self.clicked = height - 1, width - 1, None
+
+    def _recolor(self, colors):
+        try: self.exploration.recolor(colors)
+        finally: self.control["colors"].value = self.exploration.colors
 
     def _keep_layers(self):
         "Offer the layers of the new place, and go on with the same if it has them."

@@ -144,7 +144,7 @@ class PatchDataModule(L.LightningDataModule):
         "The PatchDataset of a part of the split."
         c, training = self.config, part == "train"
         augment = training if augment is None else augment
-        extras = [*(["season_masks"] if c.selection and c.selection.temporal else []), *(["origin"] if c.robust and c.robust.method == "elr" else [])]
+        extras = [*(["season_masks"] if c.season_share or c.selection and c.selection.temporal else []), *(["origin"] if c.robust and c.robust.method == "elr" else [])]
         return PatchDataset(self.store, getattr(self.split, part), c.sensors, self.bands, c.crop, c.seed, augment, c.rotation,
                             c.smoothing if augment else None, getattr(self.split, f"{part}_region"), lean=augment, extras=extras if augment else ())
 
@@ -410,10 +410,12 @@ class CromssTask(L.LightningModule):
 
     @torch.no_grad()
     def corrected(self, batch, images):
-        "The batch, its labels corrected by what the teachers believe together."
-        if not self.teachers: return batch
+        "The batch, its labels corrected by what the teachers believe together and by the labels of the other seasons."
+        c = self.config
+        if not self.teachers and not c.season_share: return batch
         logits = {(i, s): l for i, teacher in enumerate(self.teachers) for s, l in teacher({s: images[s] for s in teacher.options["bands"]}).items()}
-        return batch | {"mask": corrected_labels(batch["mask"], joint_belief(logits), self.config.label_share)}
+        belief = joint_belief(logits) if logits else torch.zeros(len(batch["mask"]), self.hparams.num_classes, *batch["mask"].shape[1:], device=batch["mask"].device)
+        return batch | {"mask": corrected_labels(batch["mask"], belief, c.label_share, batch["season_masks"] if c.season_share else None, c.season_share)}
 
     def on_train_batch_start(self, batch, batch_idx):
         "Dropout depends on the seed, the batch and the process: a resumed run draws the same."

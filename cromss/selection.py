@@ -154,13 +154,20 @@ def joint_belief(
 
 def corrected_labels(
     labels,      # (B, H, W) int64, 255 = unlabelled
-    belief,      # (B, C, H, W) float32, as of `joint_belief`
+    belief,      # (B, C, H, W) float32, as of `joint_belief`; zeros: none
     share=0.2,   # weight of the label beside the belief, 0 or more
+    season_masks=None,   # (B, S, H, W) integer, the labels of all seasons, of which `labels` is one; None: not asked
+    season_share=0.0,    # weight of the label of each other season, 0 or more
 ):
-    "The class that belief and label together are for, (B, H, W) int64; what is unlabelled stays so."
-    at_label = labels.clamp(max=belief.shape[1] - 1).unsqueeze(1)
-    found = belief.scatter_add(1, at_label, torch.full_like(at_label, share, dtype=belief.dtype)).argmax(1)
-    return torch.where(labels == IGNORE, labels, found)
+    "The class that belief, label and the labels of other seasons together are for, (B, H, W) int64; what is unlabelled stays so."
+    found = _add_votes(belief.clone(), labels, share - (0 if season_masks is None else season_share))
+    for season in () if season_masks is None else season_masks.unbind(1): _add_votes(found, season.long(), season_share)      # the label itself is among them
+    return torch.where(labels == IGNORE, labels, found.argmax(1))
+
+def _add_votes(belief, labels, weight):
+    "Add a weight to every pixel's class, in place."
+    usable = labels != IGNORE
+    return belief.scatter_add_(1, (labels * usable).unsqueeze(1), (usable * weight).to(belief.dtype).unsqueeze(1))
 
 # %% ../nbs/09_selection.ipynb #a89a7da8
 def temporal_agreement(

@@ -138,6 +138,7 @@ def exercise(watched, folder, name):
     changes(page, lambda: press(handle("opacity"), "ArrowLeft", 6), "opacity")
     changes(page, lambda: press(handle("kept fraction"), "ArrowLeft", 4), "kept fraction")
     changes(page, lambda: select("layer").select_option(label="Label"), "layer")
+    changes(page, lambda: select("class colours").select_option(label="told apart by all"), "class colours")
     changes(page, lambda: select("over").select_option(label="Image S1"), "over")
     changes(page, lambda: select("compare").select_option(label="swipe"), "compare")
     changes(page, lambda: press(handle("swipe at"), "ArrowRight", 20), "swipe at")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cromss.classes import IGNORE, SCHEMES, ClassScheme, load_scheme
+from cromss.classes import IGNORE, SCHEMES, ClassScheme, load_scheme, safe_colors
 from cromss.config import ConfigError, DataError
 
 DW, DFC, OSM = (SCHEMES[k] for k in ("dynamic-world", "dfc2020", "osm"))
@@ -75,3 +75,9 @@ def test_load_scheme(tmp_path):
     for text in ("names: [a", "- a", "names: [a, a]"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="two.yaml"): load_scheme(path)
+
+
+def test_safe_colours_keep_everything_but_the_colours():
+    safe = safe_colors(DFC)
+    assert (safe.name, safe.names, safe.remap) == (DFC.name, DFC.names, DFC.remap) and len(set(safe.colors)) == 8 and not set(safe.colors) & set(DFC.colors)
+    with pytest.raises(ConfigError, match="13, and only 9 colours"): safe_colors(OSM)

@@ -17,6 +17,7 @@ from cromss.app import serve, write_app
 from cromss.checkpoints import newest_checkpoint
 from cromss.classes import ClassScheme
 from cromss.cli import main
+from cromss.classes import safe_colors
 from cromss.config import ConfigError, CromssError, SelectionConfig, preset
 from cromss.exploration import Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
 from cromss.explorer import ENTANGLING, RunBrowser, SelectionExplorer, TrainingExplorer, run_table
@@ -88,9 +89,30 @@ def test_class_colours_are_the_schemes(shown):
     assert {tuple(p) for p in picture[picture[..., 3] > 0][:, :3].tolist()} == wanted
 
 
+def test_safe_colours_and_back(shown):
+    show_alone(shown, "label")
+    before, plain = shown.map.over.url, shown.exploration.place.scheme
+    shown.control["colors"].value = "safe"
+    safe = safe_colors(plain)
+    used = {tuple(c) for c in safe.rgb()[np.unique(shown.exploration.place.label)].tolist()}
+    assert {tuple(p) for p in picture_of(shown.map)[..., :3].reshape(-1, 3).tolist()} - {(0, 0, 0)} == used and safe.colors[0] in shown.panel["legend"].value and safe.colors[0] in shown.panel["histogram"].value
+    shown.control["location"].value = 3
+    assert shown.exploration.place.scheme == safe, "another place is painted alike"
+    shown.control["location"].value = 0
+    shown.control["colors"].value = "scheme"
+    assert shown.map.over.url == before and shown.exploration.place.scheme == plain
+
+
+def test_too_many_classes_keep_their_colours(shown, monkeypatch):
+    monkeypatch.setattr("cromss.classes.MUTED", ("#332288",) * 8)
+    shown.control["colors"].value = "safe"
+    assert "only 8 colours" in shown.panel["message"].value and shown.control["colors"].value == "scheme" == shown.exploration.colors
+
+
 @pytest.mark.parametrize("name, value", [("opacity", .2), ("keep", .2), ("epoch", 0), ("confidence", "gini"), ("entangle", "own"), ("entangle", "geometric"), ("compare", "swipe"), ("season", 1), ("location", 3),
-                                         ("above", "label"), ("below", "image s1"), ("classes", ("water",))])
+                                         ("above", "label"), ("below", "image s1"), ("classes", ("water",)), ("colors", "safe")])
 def test_every_control_changes_the_map(shown, name, value):
+    if name == "colors": show_alone(shown, "label")
     if name in ("confidence", "entangle"): show_alone(shown, "entangled prediction confidence s2" if name == "confidence" else "label weight s2")
     before = shown.map.over.url
     shown.control[name].value = value
@@ -312,13 +334,14 @@ def test_from_a_run_to_a_list_of_suspicious_labels_and_a_map(run, tmp_path, caps
     assert main(["audit", "--run", str(run.folder), "--out", str(tmp_path / "audit"), "--top", "2"]) == 0
     worst = pd.read_csv(tmp_path / "audit" / "tiles.csv").iloc[0]
     assert "probably wrong" in capsys.readouterr().out and (tmp_path / "audit" / "tiles.parquet").is_file()
-    assert main(["map", "--run", str(run.folder), "--location", worst["key"], "--season", str(worst["season"]), "--out", str(tmp_path / "map")]) == 0
+    assert main(["map", "--run", str(run.folder), "--location", worst["key"], "--season", str(worst["season"]), "--out", str(tmp_path / "map"), "--colors", "safe"]) == 0
+    assert safe_colors(explore(run).place.scheme).colors[0].lower() in (tmp_path / "map" / "label.qml").read_text(encoding="utf-8")
     assert {"map.html", "label.tif", "label.qml", "item.json"} <= {p.name for p in (tmp_path / "map").iterdir()} and worst["key"] in (tmp_path / "map" / "map.html").read_text(encoding="utf-8")
     assert main(["gallery", "--runs", str(run.folder.parent), "--out", str(tmp_path / "gallery")]) == 0
     assert (tmp_path / "gallery" / "index.html").is_file()
 
 
-@pytest.mark.parametrize("tokens, words", [(["map", "--out", "m"], "--run"), (["audit", "--out", "m"], "--run"), (["app"], "--run"), (["gallery"], "--out"), (["map", "--run", "RUN", "--out", "RUN"], "not overwritten"),
+@pytest.mark.parametrize("tokens, words", [(["map", "--out", "m"], "--run"), (["audit", "--out", "m"], "--run"), (["app"], "--run"), (["map", "--run", "RUN", "--out", "m", "--colors", "grey"], "way to colour"), (["gallery"], "--out"), (["map", "--run", "RUN", "--out", "RUN"], "not overwritten"),
                                            (["map", "--run", "RUN", "--out", "m", "--location", "nowhere"], "nowhere"), (["app", "--run", "RUN", "--location", "99"], "location 99"), (["app", "--run", "none"], "none")])
 def test_commands_refuse_in_one_line(run, tokens, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

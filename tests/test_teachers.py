@@ -56,7 +56,30 @@ def test_what_is_unlabelled_stays_so():
     assert found.tolist() == [[[255, 0]]] and found.dtype == labels.dtype and labels.tolist() == [[[255, 1]]]
 
 
+def test_other_seasons_are_heard():
+    silent, belief = torch.zeros(1, 3, 1, 1), torch.tensor([.5, .3, .2]).view(1, 3, 1, 1)
+    def found(seasons, belief, share=.2, season_share=.15): return corrected_labels(torch.tensor([[[seasons[0]]]]), belief, share, torch.tensor(seasons, dtype=torch.uint8).view(1, -1, 1, 1), season_share).item()
+    assert found([0, 1, 1, 255], silent) == 1 and found([0, 1, 2, 255], silent) == 0 and found([0, 1, 255, 255], silent) == 0 and found([0, 1, 1, 0], silent) == 0
+    assert found([2, 2, 255], belief) == 2                        # .2 + .2 + .15 against .5
+    assert found([2, 1, 1], belief) == 1                          # .3 + .3 against .5 and .4
+    assert found([2, 255], belief) == corrected_labels(torch.tensor([[[2]]]), belief).item() == 0
+    assert found([255, 1, 1], silent) == 255 and belief.flatten().tolist() == pytest.approx([.5, .3, .2]), "what is unlabelled stays so, and the belief as it is"
+
+
 # runs
+
+def test_seasons_alone_correct_the_labels(scenes, tmp_path):
+    config = tiny(tmp_path, name="seasons", season_share=.15, **APART)
+    data = PatchDataModule(config, scenes)
+    batch = pretraining.to_images(pretraining.collate([data.dataset("train")[i] for i in range(4)]))
+    run = pretrain(config, scenes)
+    found = load_task(run).corrected(batch, pretraining.images_of(batch, ("s1", "s2")))["mask"]
+    votes = torch.stack([one_hot(m.long(), 9) for m in batch["season_masks"].unbind(1)]).sum(0)
+    leader = votes.max(1)
+    clear = ((votes == leader.values.unsqueeze(1)).sum(1) == 1) & (leader.values >= 2) & (batch["mask"] != 255)
+    assert clear.any() and torch.equal(found[clear], leader.indices[clear]), "where most seasons say the same, that is the label"
+    assert not torch.equal(found, batch["mask"]) and run.metrics()["train_loss"].notna().all()
+
 
 @pytest.fixture(scope="module")
 def taught(scenes, tmp_path_factory):
@@ -129,7 +152,8 @@ def test_a_run_that_is_stopped_does_not_train_its_first_again(second, scenes, tm
 def test_impossible_settings_are_refused():
     refusal(lambda: PretrainConfig(teachers=["first", "runs/a"]), "give 'first' alone")
     refusal(lambda: PretrainConfig(label_share=-1), "label_share=-1")
-    refusal(lambda: PretrainConfig(teachers="first", selection={"temporal": True}), "teachers change the label")
+    refusal(lambda: PretrainConfig(season_share="much"), "season_share='much'")
+    for how in ({"teachers": "first"}, {"season_share": .15}): refusal(lambda: PretrainConfig(**how, selection={"temporal": True}), "change the label")
     assert PretrainConfig(robust={"method": "gce"}, selection=False).smoothing is None, "it would do nothing"
     refusal(lambda: PretrainConfig(selection={"temporal": True, "entangle": "own"}), "hears no other voice")
     assert configure({"teachers": "runs/a,runs/b"}).teachers == ("runs/a", "runs/b") and configure({"teachers": "first"}).teachers == ("first",) and PretrainConfig().teachers == ()
