@@ -182,6 +182,7 @@ class PretrainConfig:
     loggers: tuple[str, ...] = ("tensorboard",)  # also "wandb", "mlflow" (imported only if named); metrics.csv is always written
     checkpoint_steps: int | None = None       # a checkpoint also every so many optimizer steps; there is always one at the end of an epoch
     snapshots: int = 2                        # windows of training locations whose confidences are kept epoch by epoch, for the explorer; 0: none
+    snapshot_places: tuple[str, ...] = ()     # names of locations that are kept as well, the first labelled season of each
     resume: str | None = None                 # a run folder to go on with; "auto": the run of this name, if it has begun
 
     def __post_init__(self):
@@ -267,7 +268,7 @@ def _maybe(make):
 def _normalise(config):
     "Give the fields of a PretrainConfig their own types, in place. Raises ConfigError for what cannot be meant."
     def put(make, *names): _put(config, make, *names)
-    put(listed, "sensors", "loggers", "teachers")
+    put(listed, "sensors", "loggers", "teachers", "snapshot_places")
     put(_maybe(lambda name, v: listed(name, v, int)), "decoder_channels")
     put(lambda name, v: _bands(v), "bands")
     put(_number, "learning_rate", "weight_decay", "label_share", "season_share")

@@ -55,7 +55,7 @@ from .scenes import SCENE_PRESETS, ScenesSource
 from .selection import corrected_labels, estimate_keep, joint_belief, keep_fraction, select, selection_advice, sensor_log_probabilities
 from .sensors import band_subset
 from .smoothing import one_hot, smooth_labels
-from .snapshots import Snapshots
+from .snapshots import Snapshots, chosen_windows
 from .sources import open_source
 from .store import Store
 from .weights import save_encoder
@@ -671,6 +671,7 @@ def pretrain(
     store = _check_store(store, config) if store is not None else ranks.first(lambda: open_data(config))
     if earlier: config = _same_global_batch(earlier, config, ranks)
     data, task = _make_task(config, store)
+    snapshots = Snapshots(chosen_windows(data, config.snapshots, config.snapshot_places))
     _check_crop(config, task.model)
     check_shared_memory(data, config, processes=ranks.local)
     check_same_data(earlier, store)
@@ -679,7 +680,7 @@ def pretrain(
     task.teachers = load_teachers(config.teachers, data) if config.teachers != ("first",) else ()
     run, task.ranks = ranks.first(lambda: begin(config, earlier, data, ranks)), ranks
     if config.teachers == ("first",): task.teachers = load_teachers([_teach_first(run, store, finish, bar).folder], data)
-    trainer = fit(run, task, data, start, bar, (Snapshots(config.snapshots), *callbacks))
+    trainer = fit(run, task, data, start, bar, (snapshots, *callbacks))
     ranks.first(lambda: (finish or _finish)(run, task.to(trainer.strategy.root_device), data))      # the others wait: a launcher may end them all when one is gone
     return run
 
@@ -817,7 +818,7 @@ def _check_crop(config, model):
         raise ConfigError(f"crop={config.crop}, batch_size={config.batch_size}: the network cannot take such a batch ({reason}); raise crop or batch_size, or choose another architecture") from None
 
 # what may differ from the run that is gone on with
-FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers", "compile", "deterministic", "checkpoint_steps", "snapshots", "test_batch_size"}
+FREE_ON_RESUME = {"resume", "epochs", "name", "runs", "stores", "num_workers", "devices", "nodes", "loggers", "compile", "deterministic", "checkpoint_steps", "test_batch_size"}
 
 def continued(
     config,   # PretrainConfig or TransferConfig

@@ -699,6 +699,17 @@ class Store:
         "The key of one location."
         return self._index["key"][self._at(i)].decode()
 
+    def number(
+        self,
+        location,   # number from 0, or key
+    ):
+        "The number of one location. Raises ConfigError for one that is not there."
+        if isinstance(location, str):
+            if location not in self.keys: raise ConfigError(f"location {location!r}: not in {self.folder.name}; its {len(self)} locations begin with {', '.join(self.keys[:3])}")
+            return self.keys.index(location)
+        if not 0 <= location < len(self): raise ConfigError(f"location {location}: {self.folder.name} has {len(self)}, from 0")
+        return int(location)
+
     def seasons(
         self,
         i,   # number of a location

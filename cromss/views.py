@@ -74,7 +74,7 @@ def open_place(
 ):                  # Place
     "A place and what the network makes of it. Raises ConfigError for a location or season that the store lacks, DataError for one without label or sensor."
     sensors = tuple(model.options["bands"])
-    number = _number(store, location)
+    number = store.number(location)
     season = _season(store, number, season, sensors)
     height, width = (min(side, n - c) for n, c in zip(store.shape(number), corner))
     if min(height, width) < 1: raise ConfigError(f"corner={corner}: outside of {store.key(number)}, which is {' x '.join(map(str, store.shape(number)))} px")
@@ -89,14 +89,6 @@ def open_place(
     specs = {s: store.sensors[s].select((bands or {}).get(s) or store.sensors[s].bands) for s in sensors}
     return Place(store.key(number), number, season, specs, store.scheme, {s: i.numpy()[..., :height, :width] for s, i in images.items()}, masks["mask"], masks["season_masks"], cut("valid"),
                  masks["reference"], log_p, sample.get("crs", ""), _finite(sample.get("transform")), store.seasons(number)[season])
-
-def _number(store, location):
-    "The number of a location that is named or counted."
-    if isinstance(location, str):
-        if location not in store.keys: raise ConfigError(f"location {location!r}: not in {store.folder.name}; its {len(store)} locations begin with {', '.join(store.keys[:3])}")
-        return list(store.keys).index(location)
-    if not 0 <= location < len(store): raise ConfigError(f"location {location}: {store.folder.name} has {len(store)}, from 0")
-    return int(location)
 
 def _season(store, number, season, sensors):
     "A labelled season with all sensors."

@@ -15,7 +15,7 @@ PAPER = dict(
     selection=SelectionConfig(confidence="entropy", ramp="exp", ramp_epochs=80, keep=0.5, method="exact", per_class=True),
     smoothing=SmoothingConfig(kind="ts", prior_weight=0.15, uniform_weight=0.05, sigma=3.0, truncate=4.0),
     robust=None, teachers=(), label_share=0.2, season_share=0.0, seed=42, precision="16-mixed", accumulate=1, grid="array", resume=None)
-LOCAL = {"data", "name", "num_workers", "devices", "nodes", "stores", "runs", "loggers", "compile", "deterministic", "checkpoint_steps", "snapshots"}     # decided by the machine, not by the method
+LOCAL = {"data", "name", "num_workers", "devices", "nodes", "stores", "runs", "loggers", "compile", "deterministic", "checkpoint_steps", "snapshots", "snapshot_places"}     # decided by the machine, not by the method
 
 
 def refusal(make, *words):

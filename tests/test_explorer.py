@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import nbformat
@@ -15,16 +16,15 @@ import torch
 
 from cromss.app import serve, write_app
 from cromss.checkpoints import newest_checkpoint
-from cromss.classes import ClassScheme
+from cromss.classes import ClassScheme, safe_colors
 from cromss.cli import main
-from cromss.classes import safe_colors
 from cromss.config import ConfigError, CromssError, SelectionConfig, preset
 from cromss.exploration import Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
 from cromss.explorer import ENTANGLING, RunBrowser, SelectionExplorer, TrainingExplorer, run_table
 from cromss.maps import overlay
 from cromss.models import CrossModalSegmenter
 from cromss.prepare import prepare
-from cromss.pretraining import pretrain
+from cromss.pretraining import open_data, pretrain
 from cromss.runs import Run
 from cromss.scenes import ScenesSource
 from cromss.selection import select
@@ -293,6 +293,15 @@ def test_the_training_explorer(run):
     labelled = story.places["label"][0] != 255
     assert story.curve("confidence_s1", 0)[1] == pytest.approx(np.nanmean(story.maps(1)["confidence_s1"][0][labelled]))
     with pytest.raises(ConfigError, match="epoch 7"): story.maps(7)
+
+
+def test_places_can_be_named_whose_story_is_kept(run, tmp_path):
+    store = open_data(run.config)
+    def start(name, **changes): return pretrain(replace(run.config, name=name, runs=str(tmp_path), epochs=1, **changes), store, finish=lambda *_: None)
+    one = Story(start("named", snapshots=0, snapshot_places=(store.keys[5], store.keys[2])))
+    assert one.places["key"].tolist() == [store.keys[5], store.keys[2]] and (one.places["label"][0] == store.read_labels(5)[one.places["season"][0]]).all()
+    with pytest.raises(ConfigError, match="'nowhere': not in store"): start("other", snapshot_places=("nowhere",))
+    assert not (tmp_path / "other").exists() and not (start("none", snapshots=0).folder / "snapshots").exists()
 
 
 def test_a_run_without_snapshots_is_refused(run, tmp_path):

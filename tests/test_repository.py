@@ -150,6 +150,12 @@ def test_links_lead_somewhere(page):
         if "://" not in link: assert (ROOT / link).exists(), link
 
 
+@each(BOOKS)
+def test_links_between_notebooks_lead_somewhere(book):
+    for link in re.findall(r"\]\(([^)#\s]+)", "".join(map(source, cells(book, "markdown")))):
+        if "://" not in link: assert (book.parent / link).exists(), link
+
+
 def test_site_configuration_is_one_file():
     link = NBS / "_quarto.yml"
     assert link.is_symlink() and os.readlink(link) == "../_quarto.yml" and link.read_bytes() == (ROOT / "_quarto.yml").read_bytes()
