@@ -543,15 +543,20 @@ def label_quality(
     store,            # an open Store with a reference
     locations=None,   # numbers of the locations; None: all
 ):                    # DataFrame: what, oa, miou
-    "The labels, the map of each sensor, the mean and the product of both, and the labels that these correct, against the truth."
+    "The labels, those that the seasons correct, the map of each sensor, the mean and the product of both, and the labels that the product corrects, alone and with the seasons, against the truth."
     classes, counts = store.scheme.num_classes, {}
     for batch, log_p in look_at(models, store, locations):
-        belief, labels = joint_belief(log_p), batch["mask"]
-        maps = {"label": labels, **{s: l.argmax(1) for s, l in log_p.items()}, "mean": sum(l.exp() for l in log_p.values()).argmax(1), "joint": belief.argmax(1), "corrected": corrected_labels(labels, belief)}
-        truth = batch["reference"].masked_fill(~batch["valid"] | (labels == IGNORE), IGNORE)
-        for what, map_ in maps.items(): counts[what] = counts.get(what, 0) + _confusion(map_, truth, classes)
+        truth = batch["reference"].masked_fill(~batch["valid"] | (batch["mask"] == IGNORE), IGNORE)
+        for what, map_ in _label_maps(batch, log_p).items(): counts[what] = counts.get(what, 0) + _confusion(map_, truth, classes)
     figures = {what: segmentation_metrics(c) for what, c in counts.items()}
     return pd.DataFrame([{"what": what, "oa": f["oa"], "miou": f["miou"]} for what, f in figures.items()])
+
+def _label_maps(batch, log_p):
+    "What there is to learn from, {name: (B, H, W)}."
+    belief, labels, seasons = joint_belief(log_p), batch["mask"], dict(season_masks=batch["season_masks"], season_share=PRESETS["best"]["season_share"])
+    maps = {"label": labels, "seasons": corrected_labels(labels, torch.zeros_like(belief), **seasons), **{s: l.argmax(1) for s, l in log_p.items()}}
+    maps |= {"mean": sum(l.exp() for l in log_p.values()).argmax(1), "joint": belief.argmax(1)}
+    return maps | {"corrected": corrected_labels(labels, belief), "corrected, seasons": corrected_labels(labels, belief, **seasons)}
 
 # %% ../nbs/18c_ablation.ipynb #74353af4
 @dataclass
