@@ -466,7 +466,7 @@ def _curve_names(columns):
     return [" ".join(s) for s in split]
 
 def plot_curves(
-    metrics,   # pandas DataFrame, a row per epoch: epoch, train_loss, val_loss, lr, keep, val_miou_s1, auroc_s1, ...
+    metrics,   # pandas DataFrame, a row per epoch: epoch (0-based; drawn from 1), train_loss, val_loss, lr, keep, val_miou_s1, auroc_s1, ...
 ):
     "A Figure of small multiples over the epochs. Raises DataError where there is nothing to draw."
     groups = _groups(metrics)
@@ -476,7 +476,7 @@ def plot_curves(
     figure = _figure(13.2 if columns > 2 else 4.6 * columns, 3.0 * rows)
     figure.get_layout_engine().set(w_pad=.08, h_pad=.08)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    x = metrics["epoch"] if "epoch" in metrics else pd.Series(np.arange(len(metrics)), metrics.index)
+    x = 1 + (metrics["epoch"] if "epoch" in metrics else pd.Series(np.arange(len(metrics)), metrics.index))
     for axis, (title, ylabel, names, limits) in zip(axes, groups):
         _curves(axis, x, metrics[names], limits)
         axis.set_title(title, fontsize=10); axis.set_ylabel(ylabel, fontsize=9); axis.set_xlabel("epoch", fontsize=9)
