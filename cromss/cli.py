@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import (ConfigError, CromssError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, TransferConfig, check_names, layer, load_config, preset, resolve, resume_folder, run_config, to_dict)
+from .config import (ConfigError, CromssError, DataError, PretrainConfig, SelectionConfig, SmoothingConfig, StoreError, TransferConfig, check_names, layer, load_config, preset, resolve, resume_folder, run_config, to_dict)
 
 # %% ../nbs/22_cli.ipynb #19b4a2a6
 def field_comments(
@@ -485,16 +485,14 @@ def _map(tokens):
     given = _parse(parser, tokens)
     if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss map --help")
     from cromss.exploration import explore
-    from cromss.maps import export_place, is_located, save_map
-    shown, out = explore(given["run"], given["store"] and resolve(given["store"]), _location(given["location"]), given["season"]), Path(given["out"])
+    from cromss.maps import export_place, save_map
+    shown, out = explore(given["run"], given["store"] and resolve(given["store"]), given["location"], given["season"]), Path(given["out"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out}: exists already and is not overwritten; choose another folder, or move it away")
     shown.recolor(given["colors"])
-    if is_located(shown.place): export_place(shown.place, out, shown.selection)
-    else: print(f"{shown.place.key}: its position is not known, so there are no GeoTIFFs")
+    try: export_place(shown.place, out, shown.selection)
+    except DataError as e: print(f"no GeoTIFFs: {e}")
     print(save_map(out / "map.html", shown.place, selection=shown.selection, offline=given["base"] is None, base=given["base"]))
     return 0
-
-def _location(text): return int(text) if text.isdecimal() else text
 
 # %% ../nbs/22_cli.ipynb #d0d4c234
 def _gallery(tokens):
@@ -520,7 +518,7 @@ def _app(tokens):
     if not given["run"]: raise ConfigError("--run: is needed; see cromss app --help")
     from cromss.app import serve
     from cromss.exploration import explore
-    location = _location(given["location"])
+    location = given["location"]
     found = explore(given["run"], given["store"] and resolve(given["store"]), location)     # what cannot be opened is said here, not on the page
     serve(resolve(given["run"]), found.store.folder.resolve(), location, given["host"], given["port"], not given["no_browser"])
     return 0

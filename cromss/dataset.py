@@ -446,7 +446,7 @@ def _blocks(store, usable, km):
     "Which block of the Earth each location lies in, (row, column): rows of `km`, each cut into pieces of about `km`. Raises DataError for one without a place."
     longitude, latitude = store.centers()[usable].T
     lost = np.flatnonzero(~np.isfinite(longitude))
-    if len(lost): raise DataError(f"{store.folder}: location {store.key(int(usable[lost[0]]))} has no place on the Earth (no CRS), so it lies in no block; set validation_block_km to 0")
+    if len(lost): raise DataError(f"{store.folder}: location {store.key(int(usable[lost[0]]))} has no place on the Earth (no CRS, or one that is not known here), so it lies in no block; set validation_block_km to 0")
     row = np.floor(latitude * DEGREE_KM / km)
     pieces = np.maximum(1, np.round(360 * DEGREE_KM / km * np.cos(np.radians((row + 0.5) * km / DEGREE_KM)).clip(0)))
     return np.stack([row, np.floor((longitude + 180) / 360 * pieces) % pieces], 1)

@@ -20,7 +20,7 @@ import pandas as pd
 from rasterio.warp import transform
 
 from . import plots
-from .config import ConfigError, DataError
+from .config import ConfigError, CromssError, DataError
 from .exploration import COMPARE, Exploration, class_rows, compose, draw_curves, draw_histograms, draw_legend, draw_pixel, explore, pixel
 from .maps import is_located, outline, overlay, pixel_at
 from .pretraining import open_data
@@ -49,7 +49,9 @@ class Dashboard(w.VBox):
         for name, control in controls.items(): control.observe(lambda change, name=name: changed(name, change["new"]), "value")
 
     def _repr_mimebundle_(self, **options):
-        return {**(super()._repr_mimebundle_(**options) or {}), "image/png": _png(self.figure())}
+        bundle = super()._repr_mimebundle_(**options) or {}
+        with contextlib.suppress(CromssError): return {**bundle, "image/png": _png(self.figure())}
+        return bundle                                         # nothing to draw yet, such as a run that has only begun
 
 def _png(figure):
     "A figure as base64."
@@ -103,9 +105,8 @@ class SelectionExplorer(Dashboard):
 
     def _selection_controls(self):
         e, height = self.exploration, self.exploration.place.shape
-        keep = e.config.keep if isinstance(e.config.keep, float) else .5
         controls = {"epoch": _control(w.IntSlider, "ramp epoch", value=e.epoch, min=0, max=max(1, e.config.ramp_epochs)),
-                    "keep": _control(w.FloatSlider, "kept fraction", value=keep, min=.05, max=1, step=.05),
+                    "keep": _control(w.FloatSlider, "kept fraction", value=1, min=.05, max=1, step=.05),
                     "confidence": _control(w.Dropdown, "confidence by", options=("entropy", "gini"), value=e.config.confidence),
                     "entangle": _control(w.Dropdown, "entangling", options=ENTANGLING, value=e.config.entangle),
                     "sensor": _control(w.Dropdown, "sensor", options={sensor_title(s): s for s in e.sensors}, value=e.sensors[-1]),
@@ -136,7 +137,7 @@ class SelectionExplorer(Dashboard):
         e = self.exploration
         if name in ("location", "key", "season"): self._go(name, value)
         elif name in ("row", "column"): self._point(self.control["row"].value, self.control["column"].value)
-        elif name in ("keep", "confidence", "entangle"): e.set(**{name: value})
+        elif name in ("keep", "confidence", "entangle"): self._set(name, value)
         elif name == "epoch": e.set(epoch=value)
         elif name == "colors": self._recolor(value)
         if name == "sensor": self._draw_panels()
@@ -145,9 +146,9 @@ class SelectionExplorer(Dashboard):
     @contextlib.contextmanager
     def _alone(self):
         "What moves meanwhile was not moved by a person."
-        self._settling = True
+        before, self._settling = self._settling, True
         try: yield
-        finally: self._settling = False
+        finally: self._settling = before
 
     def _go(self, name, value):
         e, c = self.exploration, self.control
@@ -159,6 +160,10 @@ class SelectionExplorer(Dashboard):
         self._keep_layers()
         height, width = e.place.shape
         c["row"].max, c["column"].max, self.clicked = height - 1, width - 1, None
+
+    def _set(self, name, value):
+        try: self.exploration.set(**{name: value})
+        finally: self.control[name].value = getattr(self.exploration.config, name)     # what is in force, also where the new value was refused
 
     def _recolor(self, colors):
         try: self.exploration.recolor(colors)
@@ -204,10 +209,17 @@ class SelectionExplorer(Dashboard):
 
     def _draw_panels(self):
         e = self.exploration
+        self._show_keep(e.config.keep)
         self.panel["histogram"].value = draw_histograms(e, self.control["sensor"].value)
         self.panel["classes"].value = class_rows(e).to_html(index=False, border=0, float_format="{:.2f}".format, classes="cromss-table")
         self.overview.mark(e.place.location)
         self._draw_pixel()
+
+    def _show_keep(self, keep):
+        "The kept fraction that is in force; where it is estimated from the confidences, what was found for this place."
+        estimated = isinstance(keep, str)
+        self.control["keep"].description = f"kept ({keep})" if estimated else "kept fraction"
+        with self._alone(): self.control["keep"].value = float(self.exploration.selection.keep) if estimated else keep
 
     def _draw_pixel(self):
         e = self.exploration
@@ -258,7 +270,7 @@ class PlaceMap(leaflet.Map):
     ):
         "Lay a picture on the map, and go there if it lies elsewhere."
         bounds = tuple(map(tuple, bounds))
-        if self.over.bounds != bounds: self.over.bounds, self.center, self.zoom = bounds, *_view(bounds, self.size)
+        if tuple(map(tuple, self.over.bounds)) != bounds: self.over.bounds, self.center, self.zoom = bounds, *_view(bounds, self.size)
         self.over.url = url
 
     def mark(
@@ -333,9 +345,9 @@ class TrainingExplorer(Dashboard):
     ):
         super().__init__()
         self.run = run if isinstance(run, Run) else Run.open(run)
-        self.story, self.scheme = Story(self.run), open_data(self.run.config).scheme
-        s = self.story
-        self.control = {"place": _control(w.Dropdown, "place", options=[(f"{key}, season {season}", i) for i, (key, season) in enumerate(zip(s.places["key"].tolist(), s.places["season"].tolist()))]),
+        store, s = open_data(self.run.config), Story(self.run)
+        self.story, self.scheme = s, store.scheme
+        self.control = {"place": _control(w.Dropdown, "place", options=self._places(store)),
                         "what": _control(w.Dropdown, "shown", options=self.WHAT), "epoch": _control(w.IntSlider, "epoch", value=len(s.epochs), min=1, max=len(s.epochs))}
         self.play = w.Play(min=1, max=len(s.epochs), value=len(s.epochs), interval=600, description="play the training")
         w.jslink((self.play, "value"), (self.control["epoch"], "value"))
@@ -343,6 +355,11 @@ class TrainingExplorer(Dashboard):
         self.children = [w.HBox([*self.control.values(), self.play], layout=w.Layout(flex_flow="row wrap")), self.picture]
         self.follow(self.control, lambda name, value: self.update())
         self.update()
+
+    def _places(self, store):
+        "[(location and season, number of the place)]"
+        places = zip(self.story.places["key"].tolist(), self.story.places["season"].tolist())
+        return [(f"{key}, {store.seasons(store.number(key))[season]}", i) for i, (key, season) in enumerate(places)]
 
     @property
     def shown(self):
@@ -382,7 +399,7 @@ class RunBrowser(Dashboard):
         runs="runs",   # folder of the run folders, or a list of Run
     ):
         super().__init__()
-        self.runs = {str(r.place): r for r in (runs if isinstance(runs, list) else list_runs(runs))}
+        self.runs = {str(r.place): r for r in (runs if isinstance(runs, (list, tuple)) else list_runs(runs))}
         if not self.runs: raise ConfigError(f"runs={runs!r}: no run is there; train one by `cromss pretrain`")
         self.chosen = w.SelectMultiple(options=list(self.runs), value=tuple(self.runs)[-2:], rows=min(10, len(self.runs)), description="runs", layout=w.Layout(width="520px"))
         self.picture = w.Dropdown(options=["curves", "confidence", "selection", "predictions"], description="picture")
@@ -398,8 +415,8 @@ class RunBrowser(Dashboard):
         self.page.value = f"{run_table(chosen).to_html(border=0, float_format='{:.3f}'.format)}{images}" if chosen else "<i>Choose one run or more.</i>"
 
     def figure(self):
-        "The curves of the first chosen run, as a matplotlib Figure."
-        return plots.plot_curves(self.runs[self.chosen.value[0]].metrics())
+        "The curves of the first chosen run, or of the first of all, as a matplotlib Figure. Raises DataError for a run without figures yet."
+        return plots.plot_curves(self.runs[(self.chosen.value or tuple(self.runs))[0]].metrics())
 
 def run_table(
     runs,   # list of Run

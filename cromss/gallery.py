@@ -53,13 +53,14 @@ def read_entry(
     entry, run = Entry(Path(folder)), Run(folder, None)
     def read(what, make, empty):
         try: return make()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
             entry.problems.append(f"{what}: {' '.join(str(e).split())[:300]}")
             return empty
     config = read("config.yaml", lambda: run_config(entry.folder), None)
     if config: entry.kind, entry.settings = kind_name(config), flat_settings(to_dict(config))
     table, summary = read("metrics.csv", lambda: _rows(run), []), read("summary.json", lambda: dict(run.summary()), {})
-    entry.metrics, entry.finished = _numbers({k: v for row in table[-1:] for k, v in row.items() if k != "seconds"} | summary), bool(summary)      # a row's are those of its epoch
+    entry.metrics = read("summary.json", lambda: _numbers({k: v for row in table[-1:] for k, v in row.items() if k != "seconds"} | summary), {})      # a row's are those of its epoch
+    entry.finished = bool(summary)
     entry.epochs = read("metrics.csv", lambda: int(table[-1]["epoch"]) + 1 if table else 0, 0), getattr(config, "epochs", 0)
     entry.started = read("environment.json", lambda: _started(entry.folder), "")
     entry.figures = read("figures", lambda: sorted((entry.folder / "figures").glob("*.png")), [])

@@ -121,7 +121,7 @@ def overlay(
     flat = np.append(np.ascontiguousarray(rgba).view(np.uint32).ravel(), np.uint32(0))
     return flat[source].view(np.uint8).reshape(*source.shape, 4), [list(corner) for corner in bounds]
 
-@lru_cache(8)
+@lru_cache(2)
 def _layout(crs, transform, shape):
     "The number of the pixel that is seen at each pixel of the overlay, (h, w), one too high where there is none; and the bounds."
     ground, (height, width) = _find_ground(crs, transform, shape), shape
@@ -170,6 +170,7 @@ def _having(places, name): return next(place for place in places if name in laye
 def _place_entry(place, selection, names):
     "A place's pictures, and what they hold."
     made = [make_layer(place, selection, name) for name in names if name in layer_names(place)]
+    if not made: raise ConfigError(f"{place.key}: has none of the layers {', '.join(names)}; leave it out, or choose others")
     laid = {layer.title: overlay(place, paint_layer(layer, place.scheme)) for layer in made}
     picture, bounds = next(iter(laid.values()))
     return {"name": f"{place.key}, {place.season_title}", "bounds": bounds, "size": picture.shape[1::-1], "located": is_located(place), "km": _width(place), "kinds": {layer.kind for layer in made},

@@ -8,8 +8,8 @@ __all__ = ['SMALLEST_SCALE', 'FINISHED', 'FREE_ON_RESUME', 'open_data', 'data_so
            'CromssTask', 'EpochTable', 'clock', 'Progress', 'loggers', 'native_precision', 'make_trainer', 'pretrain',
            'begin', 'fit', 'check_shared_memory', 'starting_point', 'process_count', 'check_same_data', 'continued',
            'configure', 'evaluate', 'right_labels', 'advice', 'summarise', 'score_table', 'View', 'view_dataset',
-           'look', 'first_of_batch', 'figures', 'load_task', 'trained_network', 'load_teachers', 'notebook_parameters',
-           'estimate']
+           'look', 'first_of_batch', 'figures', 'load_task', 'trained_network', 'check_fits', 'load_teachers',
+           'notebook_parameters', 'estimate']
 
 # %% ../nbs/16_pretraining.ipynb #35281e6e
 import ast
@@ -1018,13 +1018,23 @@ def trained_network(
 ):         # CrossModalSegmenter
     "The network of a finished run in evaluation mode. Raises ConfigError if it has not finished, or the data lack its sensors, bands or classes; WeightsError for damaged files."
     if not run.summary(): raise ConfigError(f"{run.place}: has not finished; go on with it first, by {resume_command(run)}")
-    for s in run.config.sensors: _check_input(run, s, data)
+    check_fits(run, data)
     path = run.folder / "network.safetensors"
     if not path.is_file(): return load_task(run).model.requires_grad_(False)
     model = make_model(run.config, {s: len(data.bands[s]) for s in run.config.sensors}, data.store.scheme.num_classes)
     try: load_model(model, str(path))
     except (RuntimeError, SafetensorError, OSError) as e: raise WeightsError(f"{path}: not the tensors of this run's network ({' '.join(str(e).split())[:200]})") from None
     return model.eval().requires_grad_(False)
+
+def check_fits(
+    run,   # a Run of `pretrain`
+    data,  # what has a `store`, and `bands` by sensor
+):
+    "Raise ConfigError unless the data give what the run has learned from; one that has not finished knows its own store alone."
+    if run.summary():
+        for s in run.config.sensors: _check_input(run, s, data)
+    elif _facts(run).get("store") != data.store.id:
+        raise ConfigError(f"{run.place}: has not finished, and does not yet say which bands and classes it learns; look at it on the store that it is trained on, not on {data.store.folder.name}")
 
 def _check_input(run, sensor, data):
     "Raise ConfigError unless the data give a sensor, its bands, their statistics and the classes as the run has learned them."

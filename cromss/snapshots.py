@@ -58,7 +58,7 @@ class Snapshots(L.Callback):
         if not (self.samples and trainer.is_global_zero): return
         self.folder = Path(trainer.default_root_dir) / "snapshots"
         self._write("places", key=np.array([s["key"] for s in self.samples]), season=np.array([int(s["season"]) for s in self.samples]),
-                    label=np.stack([s["mask"].numpy().astype(np.uint8) for s in self.samples]), **self._images(task))
+                    valid=np.stack([s["valid"].numpy() for s in self.samples]), label=np.stack([s["mask"].numpy().astype(np.uint8) for s in self.samples]), **self._images(task))
 
     def _images(self, task): return {f"image_{s}": np.stack([to_bytes(sample[f"image_{s}"]) for sample in self.samples]) for s in task.config.sensors}
 
@@ -110,7 +110,7 @@ class Story:
     @cached_property
     def means(self):
         "{\"confidence_s1\": float64 (epochs, N), ...}: the means over the labelled pixels of every place."
-        labelled = self.places["label"] != 255
+        labelled = (self.places["label"] != 255) & self.places.get("valid", True)
         rows = [{what: [np.nanmean(m[l]) if l.any() else np.nan for m, l in zip(maps, labelled)] for what, maps in self.maps(e).items()} for e in self.epochs]
         return {what: np.array([row[what] for row in rows], np.float64) for what in rows[0]}
 

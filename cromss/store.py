@@ -701,9 +701,10 @@ class Store:
 
     def number(
         self,
-        location,   # number from 0, or key
+        location,   # number from 0, also as text, or key; a key of digits comes before the number
     ):
         "The number of one location. Raises ConfigError for one that is not there."
+        if isinstance(location, str) and location.isdecimal() and location not in self.keys: location = int(location)
         if isinstance(location, str):
             if location not in self.keys: raise ConfigError(f"location {location!r}: not in {self.folder.name}; its {len(self)} locations begin with {', '.join(self.keys[:3])}")
             return self.keys.index(location)
@@ -752,7 +753,7 @@ class Store:
         return self._index["transform"]
 
     def centers(self):
-        "Longitude and latitude of the middle of all locations, float64 (N, 2) in degrees; NaN where a location has no place."
+        "Longitude and latitude of the middle of all locations, float64 (N, 2) in degrees; NaN where a location has no place, or a CRS that is not known here."
         from rasterio._err import CPLE_BaseError
         from rasterio.errors import CRSError
         from rasterio.warp import transform
@@ -761,7 +762,7 @@ class Store:
         for n, crs in enumerate(self.manifest["crs"]):
             rows = np.flatnonzero((self._index["crs"] == n) & np.isfinite(x))
             try: found[rows] = np.array(transform(crs, "EPSG:4326", x[rows], y[rows])).T
-            except (CRSError, CPLE_BaseError) as e: raise StoreError(f"{self.folder}: locations in CRS {crs!r} have no longitude and latitude here ({e})") from None
+            except (CRSError, CPLE_BaseError): continue
         return found
 
     def crs(

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -284,11 +285,24 @@ def test_nothing_to_audit(tmp_path):
     assert not (tmp_path / "audit").exists()
 
 
-def test_unknown_crs_is_no_reason_to_fail(store, tmp_path, monkeypatch):
-    def refuse(_): raise StoreError("no such CRS")
-    monkeypatch.setattr(Store, "centers", refuse)
-    assert audit(Colours().eval(), store, tmp_path / "audit", progress=False).tiles["lon"].isna().all()
-    assert "longitude, °" not in (tmp_path / "audit/index.html").read_text(encoding="utf-8")
+def test_unknown_crs_is_no_reason_to_fail(tmp_path):
+    lost, known = (replace(place(key, 0, (250, 2, 2)), crs=crs, transform=(10, 0, 500_000, 0, -10, 5_000_000)) for key, crs in (("lost", "no such CRS"), ("known", "EPSG:32632")))
+    found = audit(Colours().eval(), make(tmp_path / "s", [lost, known]), tmp_path / "audit", progress=False).tiles.set_index("key")
+    assert found.loc["lost", "lon"].isna().all() and found.loc["known", "lon"].notna().all()
+    alone = audit(Colours().eval(), make(tmp_path / "t", [lost]), tmp_path / "alone", progress=False)
+    assert alone.tiles["lon"].isna().all() and "longitude, °" not in (tmp_path / "alone/index.html").read_text(encoding="utf-8")
+
+
+def test_a_handful_of_pixels_does_not_come_first():
+    rows = pd.DataFrame({"location": [0, 1, 2], "key": ["few", "many", "fine"], "season": 0, "name": "may", "pixels": [1, 4000, 4000], "wrong": [1, 2000, 0], "disagree": 0, "confidence": [0., 1800., 3900.],
+                         "compared": 0, "errors": 0})
+    table = tile_table(rows, np.full((3, 2), np.nan))
+    assert table["key"].tolist() == ["many", "few", "fine"] and table["share_wrong"].tolist() == [.5, 1, 0] and "sure" not in table
+
+
+def test_names_with_line_ends_stay_one_row(tmp_path):
+    found = audit(Colours().eval(), make(tmp_path / "s", [place("a\rb", 0, (250, 2, 2))]), tmp_path / "audit", progress=False)
+    assert set(found.tiles["key"]) == {"a\rb"}
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------------------------------------------

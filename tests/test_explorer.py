@@ -1,7 +1,9 @@
 "The explorer through its own model: what the map shows, what the controls change, what is refused, and what is left where no widgets are."
 import base64
+import copy
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +17,12 @@ import pytest
 import torch
 
 from cromss.app import serve, write_app
+from cromss.audit import audit
 from cromss.checkpoints import newest_checkpoint
 from cromss.classes import ClassScheme, safe_colors
 from cromss.cli import main
-from cromss.config import ConfigError, CromssError, SelectionConfig, preset
-from cromss.exploration import Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
+from cromss.config import ConfigError, CromssError, SelectionConfig, SmoothingConfig, preset
+from cromss.exploration import UNSMOOTHED, Exploration, class_rows, compose, draw_histograms, draw_legend, draw_pixel, explore, histograms, pixel, target
 from cromss.explorer import ENTANGLING, RunBrowser, SelectionExplorer, TrainingExplorer, run_table
 from cromss.maps import overlay
 from cromss.models import CrossModalSegmenter
@@ -30,7 +33,7 @@ from cromss.scenes import ScenesSource
 from cromss.selection import select
 from cromss.snapshots import Story
 from cromss.store import Location, write_store
-from cromss.views import MARK, layer_names, layer_title
+from cromss.views import MARK, layer_names, layer_title, make_layer, paint_layer
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,12 @@ def run(tmp_path_factory):
     store = prepare(ScenesSource(8, seed=1, size=48), folder / "store", progress=False)
     config = preset("demo", data=str(store.folder), epochs=3, min_steps=3, crop=48, encoder_depth=3, decoder_channels=[16, 8, 8], runs=str(folder / "runs"), name="one", loggers=(), selection={"ramp_epochs": 3})
     return pretrain(config, store)
+
+
+def scenes(count):
+    "Locations as the run's store has them."
+    source = ScenesSource(8, seed=1, size=48)
+    return [source.read(f"scene-{i:05d}") for i in range(count)]
 
 
 @pytest.fixture
@@ -128,6 +137,26 @@ def test_the_panels_follow(shown):
     assert shown.panel["histogram"].value != before and "S1" in shown.panel["histogram"].value
 
 
+def test_where_one_has_panned_the_map_stays(shown):
+    shown.map.zoom, shown.map.center = 9.0, (1.0, 2.0)
+    for name, value in (("opacity", .3), ("keep", .2), ("above", "label")): shown.control[name].value = value
+    assert shown.map.zoom == 9 and tuple(shown.map.center) == (1, 2)
+    shown.control["location"].value = 3
+    assert shown.map.zoom != 9, "another place is gone to"
+
+
+def test_controls_say_what_is_in_force(run):
+    shown = SelectionExplorer(run)
+    shown.exploration.set(temporal=True)
+    shown.control["entangle"].value = "own"
+    assert "hears no other voice" in shown.panel["message"].value and shown.control["entangle"].value == shown.exploration.config.entangle == "published"
+    shown.exploration.set(keep="mixture")
+    shown.update()
+    assert shown.control["keep"].description == "kept (mixture)" and shown.control["keep"].value == pytest.approx(float(shown.exploration.selection.keep), abs=1e-6)
+    shown.control["keep"].value = .35
+    assert shown.exploration.config.keep == .35 and shown.control["keep"].description == "kept fraction"
+
+
 def test_side_by_side_moves_both_maps(shown):
     assert len(shown.maps.children) == 1
     shown.control["compare"].value = "side by side"
@@ -191,6 +220,57 @@ def test_a_checkpoint_can_be_looked_at(run):
     newest, finished = explore(newest_checkpoint(run)).place, explore(run).place
     assert all(torch.equal(newest.log_p[s], finished.log_p[s]) for s in ("s1", "s2")) and (newest.season_title, newest.season) == ("spring", 0)
     with pytest.raises(CromssError, match="no.ckpt"): explore(run.checkpoints / "no.ckpt")
+
+
+def test_a_checkpoint_can_be_audited(run, tmp_path):
+    found = [audit(model, open_data(run.config), tmp_path / name, limit=2, top=0, progress=False) for name, model in (("run", run), ("checkpoint", str(newest_checkpoint(run))))]
+    assert found[0].tiles.equals(found[1].tiles) and len(found[0].tiles)
+
+
+def test_a_checkpoint_is_not_shown_on_data_of_other_classes_or_bands(run, tmp_path):
+    "Finished, the run knows its classes and bands; before, its own store alone."
+    own = open_data(run.config)
+    def other(name, scheme): return write_store(tmp_path / name, scenes(2), own.sensors, scheme)
+    eight = other("eight", ClassScheme("others", tuple(f"other {i}" for i in range(9))))
+    for opened in (run, newest_checkpoint(run)):
+        with pytest.raises(ConfigError, match="other classes of s1"): explore(opened, eight)
+    begun = Run(shutil.copytree(run.folder, tmp_path / "begun"), run.config)
+    (begun.folder / "summary.json").unlink()
+    assert explore(newest_checkpoint(begun)).place.key == own.key(0)
+    with pytest.raises(ConfigError, match="has not finished, and does not yet say which bands"): explore(newest_checkpoint(begun), eight)
+    ten = other("ten", ClassScheme("ten", tuple(f"other {i}" for i in range(10))))
+    with pytest.raises(ConfigError, match="knows 9 classes, ten has 10"): Exploration(explore(run).model, ten)
+    with pytest.raises(ConfigError, match="training mode"): Exploration(copy.deepcopy(explore(run).model).train(), own)
+
+
+def test_what_is_unlabelled_or_unseen_has_no_value(run, tmp_path):
+    own = open_data(run.config)
+    first = scenes(1)[0]
+    for label in first.labels: label[:6] = 255
+    store = write_store(tmp_path / "store", [first], own.sensors, own.scheme)
+    place = replace(explore(run, store).place, valid=np.arange(48)[None].repeat(48, 0) > 9)
+    labelled = place.valid & (place.label != 255)
+    selection = place.select()
+    for name in layer_names(place):
+        layer = make_layer(place, selection, name)
+        if layer.kind == "share": assert (np.isfinite(layer.values) == (place.valid if "prediction" in name else labelled)).all(), name
+        if name == "suggested label": assert ((layer.values != 255) == labelled).all()
+        if name.startswith("prediction ") and layer.kind == "classes": assert ((layer.values != 255) == place.valid).all()
+        if layer.kind == "yesno" and name != "wrong label": assert not layer.values[~place.valid].any(), name
+        if layer.kind == "share": assert (paint_layer(layer, place.scheme)[..., 3] > 0).tolist() == np.isfinite(layer.values).tolist()
+
+
+def test_targets_are_those_of_the_training(run, tmp_path):
+    hard = Exploration(explore(run).model, open_data(run.config), smoothing=UNSMOOTHED)
+    assert (target(hard) == np.eye(9, dtype=np.float32)[hard.place.label].transpose(2, 0, 1)).all()
+    own = open_data(run.config)
+    first, rng = scenes(1)[0], np.random.default_rng(0)
+    told = [rng.integers(0, 256, (9, 48, 48)).astype(np.uint8) for _ in first.labels]
+    store = write_store(tmp_path / "told", [replace(first, probabilities=told)], own.sensors, own.scheme)
+    smoothing = SmoothingConfig(kind="p", prior_weight=.6, uniform_weight=.1)
+    e = Exploration(explore(run).model, store, smoothing=smoothing)
+    prior = told[0].astype(np.float32) / told[0].sum(0)
+    assert np.allclose(target(e), .3 * np.eye(9)[e.place.label].transpose(2, 0, 1) + .6 * prior + .1 / 9, atol=.02)
 
 
 def test_figures_of_the_selection(run):
@@ -265,6 +345,27 @@ def test_a_still_picture_where_no_widgets_are(shown, run, tmp_path):
     subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", str(tmp_path / "book.ipynb")], check=True, capture_output=True)
     page = (tmp_path / "book.html").read_text(encoding="utf-8")
     assert shown._repr_mimebundle_()["image/png"][:64] in page.replace("\n", "")
+
+
+def test_a_run_without_curves_still_shows_its_dashboard(run, tmp_path):
+    begun = Run(shutil.copytree(run.folder, tmp_path / "begun"), run.config)
+    (begun.folder / "metrics.csv").unlink()
+    bundle = RunBrowser((begun,))._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and "image/png" not in bundle
+    browser = RunBrowser([run])
+    browser.chosen.value = ()
+    assert "image/png" in browser._repr_mimebundle_() and "Choose one run" in browser.page.value
+
+
+def test_a_crs_that_is_not_known_takes_no_other_place_away(run, tmp_path):
+    own = open_data(run.config)
+    locations = [replace(l, crs="my own crs") if i == 0 else l for i, l in enumerate(scenes(3))]
+    store = write_store(tmp_path / "store", locations, own.sensors, own.scheme)
+    assert np.isfinite(store.centers()).all(1).tolist() == [False, True, True]
+    shown = SelectionExplorer(run, store)
+    assert "Its position is not known" in shown.panel["legend"].value
+    shown.control["location"].value = 2
+    assert "Its position is not known" not in shown.panel["legend"].value
 
 
 def test_a_place_without_a_position_says_so(tmp_path):

@@ -84,7 +84,7 @@ def test_a_transfer(root):
 
 
 @pytest.mark.parametrize("file, content, word", [
-    ("metrics.csv", b"\xff\xfe\x00", "metrics.csv"), ("metrics.csv", b"", "metrics.csv"), ("metrics.csv", b'a,b\n1,"2', "metrics.csv"), ("metrics.csv", b"a,b\n1,2\n", "metrics.csv"),
+    ("metrics.csv", b"\xff\xfe\x00", "metrics.csv"), ("metrics.csv", b"", "metrics.csv"), ("metrics.csv", b'a,b\n1,"2', "metrics.csv"), ("metrics.csv", b"a,b\n1,2\n", "metrics.csv"), ("metrics.csv", b"epoch,train_loss\ninf,1.0\n", "metrics.csv"), ("summary.json", b'{"seconds": 1' + b"0" * 400 + b"}", "summary.json"),
     ("summary.json", b"{", "summary.json"), ("summary.json", b"[1]", "summary.json"), ("summary.json", b"[" * 100_000, "summary.json"), ("config.yaml", b"epoch: [", "config.yaml"), ("config.yaml", b"nonsense: 1\n", "config.yaml"),
     ("environment.json", b"{}", "environment.json"), ("environment.json", b"[]", "environment.json")])
 def test_damaged_files_are_problems_and_the_rest_is_shown(root, file, content, word):

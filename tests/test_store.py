@@ -613,3 +613,10 @@ def test_a_late_worker_cannot_write_into_the_next_attempt(tmp_path):
         assert build.finished() == []
         build.write(0, [place("b")])
         assert build.publish().keys == ["b"]
+
+
+def test_a_location_by_its_number_or_its_key(tmp_path):
+    store = write(tmp_path / "store", [place(key) for key in ("0000002", "7", "place")])
+    assert [store.number(n) for n in (0, 2, "place", "0000002", "7", "1", "2")] == [0, 2, 2, 0, 1, 1, 2], "a key of digits comes before a number"
+    for wrong in (3, -1, "3", "nowhere"):
+        with pytest.raises(ConfigError, match="location"): store.number(wrong)
