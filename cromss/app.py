@@ -66,7 +66,7 @@ def serve(
         from voila.app import Voila
         said(f"The explorer is at http://{host}:{port}/?token={token}   (Ctrl+C ends it)")
         Voila.launch_instance([str(book), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0", f"--Voila.token={token}", "--template=cromss", "--Voila.log_level=WARN",
-                               "--MappingKernelManager.cull_idle_timeout=1800",
+                               "--MappingKernelManager.cull_idle_timeout=120", "--MappingKernelManager.cull_interval=30",
                                *(f"--VoilaConfiguration.extension_allowlist={name}" for name in EXTENSIONS), *([] if browser else ["--no-browser"])])
 
 def _check_port(host, port):

@@ -80,6 +80,10 @@ def _value(option, text, lists):
     if name in NESTED: return {"false": "null", "off": "null", "true": "{}", "on": "{}"}.get(text.lower(), text)
     return text
 
+def _named(tokens):
+    "A run may be given without its --run."
+    return ["--run", *tokens] if tokens and not tokens[0].startswith("-") else tokens
+
 def _parse(parser, tokens, lists=(), **options):
     "The parsed tokens as a dict. Raises ConfigError, one line, for what the parser refuses; help ends the program."
     from jsonargparse import ArgumentError
@@ -441,7 +445,7 @@ def _verified(folder):
 
 # %% ../nbs/22_cli.ipynb #5863d9cd
 def _audit(tokens):
-    parser = _parser("audit", "--run RUN --store STORE --out FOLDER [options]", "Find where the labels of a store are probably wrong: ranked tables of places, class pairs and seasons, and a page with pictures. "
+    parser = _parser("audit", "RUN --out FOLDER [options]", "Find where the labels of a store are probably wrong: ranked tables of places, class pairs and seasons, and a page with pictures. "
                      "Stopped, the same command goes on with what is missing.")
     parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run whose network judges the labels")
     parser.add_argument("--store", type=str | None, default=None, help="folder of the store whose labels are judged; null: the one that the run has trained on")
@@ -454,7 +458,7 @@ def _audit(tokens):
     parser.add_argument("--workers", type=int | None, default=None, help="processes; 0: this one alone; null: this one for a small store, else one a core")
     parser.add_argument("--scheduler", type=str | None, default=None, help="address of a Dask scheduler, such as tcp://node1:8786, whose workers are used")
     parser.add_argument("--restart", action="store_true", help="discard what an unfinished audit with other settings left")
-    given = _parse(parser, tokens, (*LISTS, "seasons"))
+    given = _parse(parser, _named(tokens), (*LISTS, "seasons"))
     if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss audit --help")
     from cromss.audit import audit
     from cromss.pretraining import open_data
@@ -474,7 +478,7 @@ def _audited(found):
 
 # %% ../nbs/22_cli.ipynb #7e5ebda8
 def _map(tokens):
-    parser = _parser("map", "--run RUN --out FOLDER [options]", "Save one place as a run sees it: a page with all its layers, a legend and a swipe, and Cloud Optimized GeoTIFFs with QGIS styles and a STAC item.")
+    parser = _parser("map", "RUN --out FOLDER [options]", "Save one place as a run sees it: a page with all its layers, a legend and a swipe, and Cloud Optimized GeoTIFFs with QGIS styles and a STAC item.")
     parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run, or one of its checkpoints")
     parser.add_argument("--out", type=str | None, default=None, help="folder to write, new or empty")
     parser.add_argument("--store", type=str | None, default=None, help="folder of the store; null: the one that the run was trained on")
@@ -482,14 +486,14 @@ def _map(tokens):
     parser.add_argument("--season", type=int | None, default=None, help="number of the season, from 0; null: the first that is labelled")
     parser.add_argument("--colors", type=str, default="scheme", help="of the classes: scheme, or safe, which colour-blind readers tell apart")
     parser.add_argument("--base", type=str | None, default=None, help='background of the page that whoever opens it fetches from the web, such as "Esri WorldImagery"; null: none, and the page fetches nothing')
-    given = _parse(parser, tokens)
+    given = _parse(parser, _named(tokens))
     if lacking := [name for name in ("run", "out") if not given[name]]: raise ConfigError(f"--{lacking[0]}: is needed; see cromss map --help")
     from cromss.exploration import explore
     from cromss.maps import export_place, save_map
     shown, out = explore(given["run"], given["store"] and resolve(given["store"]), given["location"], given["season"]), Path(given["out"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out}: exists already and is not overwritten; choose another folder, or move it away")
     shown.recolor(given["colors"])
-    try: export_place(shown.place, out, shown.selection)
+    try: print(*(path for path in export_place(shown.place, out, shown.selection).values() if path.suffix == ".tif"), sep="\n")
     except DataError as e: print(f"no GeoTIFFs: {e}")
     print(save_map(out / "map.html", shown.place, selection=shown.selection, offline=given["base"] is None, base=given["base"]))
     return 0
@@ -507,14 +511,14 @@ def _gallery(tokens):
 
 # %% ../nbs/22_cli.ipynb #1ac9edac
 def _app(tokens):
-    parser = _parser("app", "--run RUN [options]", "Serve the explorer of a run as a web page: which pixels each sensor believes, and what is selected. Only this machine reaches it, unless --host says otherwise.")
+    parser = _parser("app", "RUN [options]", "Serve the explorer of a run as a web page: which pixels each sensor believes, and what is selected. Only this machine reaches it, unless --host says otherwise.")
     parser.add_argument("--run", type=str | None, default=None, help="folder of the pretraining run, or one of its checkpoints")
     parser.add_argument("--store", type=str | None, default=None, help="folder of the store to look at; null: the one that the run was trained on")
     parser.add_argument("--location", type=str, default="0", help="number or name of the first location")
     parser.add_argument("--host", type=str, default="localhost", help="address to listen on; 0.0.0.0: every one of this machine")
     parser.add_argument("--port", type=int, default=8866, help="port to listen on")
     parser.add_argument("--no_browser", action="store_true", help="do not open the page here")
-    given = _parse(parser, tokens)
+    given = _parse(parser, _named(tokens))
     if not given["run"]: raise ConfigError("--run: is needed; see cromss app --help")
     from cromss.app import serve
     from cromss.exploration import explore
@@ -555,9 +559,9 @@ COMMANDS = {
     "finetune": (_finetune, "[options]", "train on pretrained encoders for a task with exact labels, and test"),
     "evaluate": (_evaluate, "PREDICTOR DATA", "test what was trained on other tiles"),
     "predict": (_predict, "PREDICTOR MAP IMAGE...", "map a whole scene"),
-    "audit": (_audit, "--run RUN --out FOLDER", "find where the labels of a store are probably wrong"),
-    "map": (_map, "--run RUN --out FOLDER", "save one place with all its layers: a page, GeoTIFFs"),
-    "app": (_app, "--run RUN", "show what each sensor believes, as a web page"),
+    "audit": (_audit, "RUN --out FOLDER", "find where the labels of a store are probably wrong"),
+    "map": (_map, "RUN --out FOLDER", "save one place with all its layers: a page, GeoTIFFs"),
+    "app": (_app, "RUN", "show what each sensor believes, as a web page"),
     "gallery": (_gallery, "--out FOLDER", "write a page that compares all runs"),
     "export": (_export, "WEIGHTS FILE", "write an encoder or a predictor as ONNX, or for torch.export"),
     "push": (_push, "FOLDER OWNER/REPO", "upload an encoder or a predictor to the hub"),

@@ -512,7 +512,14 @@ def load_config(
     try: return from_dict(values, str(path), KINDS[said])
     except ConfigError as e: raise e if str(path) in str(e) else ConfigError(f"{path}: {e}") from None
 
-# %% ../nbs/00_config.ipynb #7c3fe206
+# %% ../nbs/00_config.ipynb #600a9381
+def _instead(folder):
+    "What may have been meant by a folder that is no run."
+    if (folder / "manifest.json").is_file(): return "; it is a store: give it by --store, and a run by --run"
+    if not folder.parent.is_dir(): return f"; there is no {folder.parent}"
+    near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir() if (p / "config.yaml").is_file()], 3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; runs lie in folders of their own, such as {folder.parent / 'NAME'}"
+
 def run_config(
     folder,      # a run folder, absolute or relative to the project's root
     kind=None,   # PretrainConfig or TransferConfig; None: either
@@ -520,7 +527,7 @@ def run_config(
     "The configuration of a run. Raises ConfigError if the folder is none, or of another kind."
     folder = resolve(folder)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: not a run folder (no config.yaml); runs lie in the folder that `runs` named")
+        raise ConfigError(f"{folder}: not a run folder (no config.yaml){_instead(folder)}")
     config = load_config(folder / "config.yaml")
     if kind and not isinstance(config, kind):
         raise ConfigError(f"{folder}: a {kind_name(config)} run, where one of {next(name for name, k in KINDS.items() if k is kind)} is needed; as a starting point it is given by `encoders`")
@@ -547,8 +554,9 @@ def project_root(
     return start
 
 def resolve(
-    path,   # absolute, or relative to the project's root
+    path,   # absolute, or relative to the project's root; from "./" or "../" on, to the working folder
 ):
     "`path` as an absolute path."
+    here = str(path) in (".", "..") or str(path).startswith(("./", "../"))
     path = Path(path).expanduser()
-    return path if path.is_absolute() else (project_root() / path).resolve()
+    return path if path.is_absolute() else ((Path.cwd() if here else project_root()) / path).resolve()

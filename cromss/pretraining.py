@@ -119,7 +119,8 @@ def used_bands(
     config,   # PretrainConfig
     store,    # an open Store
 ):
-    "Names of the bands of every sensor, {sensor: tuple}. Raises ConfigError or DataError for bands that the store lacks."
+    "Names of the bands of every sensor, {sensor: tuple}. Raises ConfigError or DataError for sensors and bands that the store lacks."
+    if lacking := [s for s in config.sensors if s not in store.sensors]: raise ConfigError(f"{store.folder}: has no sensor {lacking[0]!r} of sensors={list(config.sensors)}; it has {', '.join(store.sensors)}")
     return {s: tuple(band_subset(store.sensors[s], (config.bands or {}).get(s))) for s in config.sensors}
 
 class PatchDataModule(L.LightningDataModule):

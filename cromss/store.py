@@ -613,7 +613,8 @@ def _read_manifest(folder):
     path = folder / "manifest.json"
     try: manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(f"{folder}: there is no store (no manifest.json); make it with `cromss prepare SOURCE {folder}`") from None
+        if not folder.is_dir() or not any(folder.iterdir()): raise StoreError(f"{folder}: there is no store (no manifest.json); make it with `cromss prepare SOURCE {folder}`") from None
+        raise StoreError(f"{folder}: holds no store (no manifest.json); if these are images and labels, make one of them with `cromss prepare {folder} stores/NAME`") from None
     except OSError as e: raise StoreError(f"{path}: cannot be read ({e.strerror})") from None
     except ValueError: raise StoreError(f"{path}: is damaged (no JSON); copy the store again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT: raise StoreError(f"{path}: belongs to no {FORMAT}")

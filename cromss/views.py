@@ -159,8 +159,8 @@ def layer_names(
     "The layers that a place has, from what was seen to what is made of it."
     sensors = list(place.log_p)
     images = [n for s in sensors for n in ([f"image {s}"] + ([f"false colour {s}"] if _false_colour(place, s) else []))]
-    truth = ["reference", "wrong label"] if place.reference is not None else []
-    several = ["prediction mean", "suggested label", "disagreement"] if len(sensors) > 1 else ["suggested label"]
+    truth = ["reference", "differs from reference"] if place.reference is not None else []
+    several = ["prediction mean", "suggested label", "probably wrong", "disagreement"] if len(sensors) > 1 else ["suggested label", "probably wrong"]
     return [*images, "label", *truth[:1], *(f"prediction {s}" for s in sensors), *several, *(f"{name} {s}" for name in _SHARES for s in sensors), *(f"selected {s}" for s in sensors), *truth[1:]]
 
 def _false_colour(place, sensor): return {"B8", "B4", "B3"} <= set(place.sensors[sensor].bands)
@@ -214,7 +214,8 @@ def _share(place, selection, name, what, sensor):
 
 def _yes_or_no(place, selection, name, what, sensor):
     if what == "selected": return array(selection.label_weights[sensor][0] >= 1)
-    if name == "wrong label": return (place.label != place.reference) & (place.label != IGNORE) & (place.reference != IGNORE)
+    if name == "differs from reference": return (place.label != place.reference) & (place.label != IGNORE) & (place.reference != IGNORE)
+    if name == "probably wrong": return (suggested := _classes(place, selection, "suggested label", what, sensor)) != np.where(suggested == IGNORE, IGNORE, place.label)
     maps = torch.stack([l[0].argmax(0) for l in place.log_p.values()])
     return (maps != maps[0]).any(0).numpy() & place.valid
 

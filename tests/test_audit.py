@@ -326,7 +326,7 @@ def test_folders_are_refused(store, tmp_path):
     with pytest.raises(ConfigError, match="not overwritten"): audit(Colours().eval(), store, tmp_path / "full", progress=False)
     with pytest.raises(ConfigError, match="no audit .index.html is missing"): Audit(tmp_path / "full")
     with pytest.raises(ConfigError, match="not a run folder"): audit(tmp_path / "full", store, tmp_path / "audit", progress=False)
-    with pytest.raises(StoreError, match="there is no store"): audit(Colours().eval(), tmp_path / "full", tmp_path / "audit", progress=False)
+    with pytest.raises(StoreError, match="full: holds no store .*cromss prepare .*full stores"): audit(Colours().eval(), tmp_path / "full", tmp_path / "audit", progress=False)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 

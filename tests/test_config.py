@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from cromss.config import (CONFIG_VERSION, PRESETS, ConfigError, PretrainConfig, SelectionConfig, SmoothingConfig, check_names, field_names, from_dict, load_config,
-                           preset, project_root, resolve, save_config, to_dict)
+                           preset, project_root, resolve, run_config, save_config, to_dict)
 
 # The published recipe; what it leaves to the network (depth 5, decoder 256..16) is smp's default, so None here.
 PAPER = dict(
@@ -253,3 +253,18 @@ def test_every_field_has_a_value_and_a_comment():
     for cls in (SelectionConfig, SmoothingConfig, PretrainConfig):
         body = source.split(f"class {cls.__name__}:")[1].split("def __post_init__")[0]
         for f in fields(cls): assert any(line.strip().startswith(f"{f.name}: ") and "  # " in line for line in body.splitlines()), f.name
+
+
+def test_a_path_may_start_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert resolve("../runs/x") == tmp_path / "a" / "runs" / "x" and resolve("./x") == tmp_path / "a" / "b" / "x" and resolve("..") == tmp_path / "a" and resolve("runs") != tmp_path / "a" / "b" / "runs" or project_root() == tmp_path / "a" / "b"
+
+
+def test_a_folder_that_is_no_run_says_what_may_be_meant(tmp_path):
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.yaml").write_text("x: 1")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    for folder, words in (("runs/firsst", "did you mean first?"), ("store", "it is a store"), ("nowhere/first", "there is no"), ("other", "such as")):
+        refusal(lambda: run_config(tmp_path / folder), words)

@@ -256,7 +256,7 @@ def test_what_is_unlabelled_or_unseen_has_no_value(run, tmp_path):
         if layer.kind == "share": assert (np.isfinite(layer.values) == (place.valid if "prediction" in name else labelled)).all(), name
         if name == "suggested label": assert ((layer.values != 255) == labelled).all()
         if name.startswith("prediction ") and layer.kind == "classes": assert ((layer.values != 255) == place.valid).all()
-        if layer.kind == "yesno" and name != "wrong label": assert not layer.values[~place.valid].any(), name
+        if layer.kind == "yesno" and name != "differs from reference": assert not layer.values[~place.valid].any(), name
         if layer.kind == "share": assert (paint_layer(layer, place.scheme)[..., 3] > 0).tolist() == np.isfinite(layer.values).tolist()
 
 
@@ -451,7 +451,7 @@ def test_from_a_run_to_a_list_of_suspicious_labels_and_a_map(run, tmp_path, caps
     assert (tmp_path / "gallery" / "index.html").is_file()
 
 
-@pytest.mark.parametrize("tokens, words", [(["map", "--out", "m"], "--run"), (["audit", "--out", "m"], "--run"), (["app"], "--run"), (["map", "--run", "RUN", "--out", "m", "--colors", "grey"], "way to colour"), (["gallery"], "--out"), (["map", "--run", "RUN", "--out", "RUN"], "not overwritten"),
+@pytest.mark.parametrize("tokens, words", [(["map", "--out", "m"], "--run"), (["audit", "--out", "m"], "--run"), (["app"], "--run"), (["map", "--run", "RUN", "--out", "m", "--colors", "grey"], "way to colour"), (["gallery"], "--out"), (["map", "--run", "RUN", "--out", "RUN"], "not overwritten"), (["map", "RUN", "--out", "RUN"], "not overwritten"),
                                            (["map", "--run", "RUN", "--out", "m", "--location", "nowhere"], "nowhere"), (["app", "--run", "RUN", "--location", "99"], "location 99"), (["app", "--run", "none"], "none")])
 def test_commands_refuse_in_one_line(run, tokens, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

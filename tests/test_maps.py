@@ -26,8 +26,8 @@ from rio_cogeo.cogeo import cog_validate
 
 from cromss.classes import DYNAMIC_WORLD, ClassScheme
 from cromss.config import ConfigError, DataError
-from cromss.maps import (MARK, export_geotiff, export_place, folium_map, footprint, is_located, offline_page, outline, overlay, pixel_at, save_map, share_names, stac_item, write_qml)
-from cromss.selection import sensor_log_probabilities
+from cromss.maps import (MARK, VERDICT, export_geotiff, export_place, folium_map, footprint, is_located, offline_page, outline, overlay, pixel_at, save_map, share_names, stac_item, write_qml)
+from cromss.selection import corrected_labels, joint_belief, sensor_log_probabilities
 from cromss.sensors import SENSORS
 from cromss.sources import _apply
 from cromss.views import Place, layer_names, layer_title, make_layer, paint_layer
@@ -334,7 +334,7 @@ def test_geotiffs_hold_the_layers_on_the_grid_of_the_input(shape, tmp_path):
     place = place_of(*NORTH, shape)
     selection = place.select()
     files = export_geotiff(place, tmp_path / "maps", selection, tags={"RUN": "abc"})
-    assert {n: p.name for n, p in files.items()} == {"label": "label.tif", "suggested label": "suggested-label.tif", "shares": "shares.tif"} and sorted(p.name for p in (tmp_path / "maps").iterdir()) == sorted(p.name for p in files.values())
+    assert {n: p.name for n, p in files.items()} == {"label": "label.tif", "suggested label": "suggested-label.tif", "probably wrong": "probably-wrong.tif", "shares": "shares.tif"} and sorted(p.name for p in (tmp_path / "maps").iterdir()) == sorted(p.name for p in files.values())
     for name, path in files.items():
         check_cog(path)
         with rasterio.open(path) as file:
@@ -345,8 +345,9 @@ def test_geotiffs_hold_the_layers_on_the_grid_of_the_input(shape, tmp_path):
                 for n, values in zip(share_names(place), file.read()): np.testing.assert_array_equal(values, make_layer(place, selection, n).values.astype(np.float32))
             else:
                 assert file.dtypes == ("uint8",) and file.nodata == 255 and file.descriptions == (name.replace(" ", "_"),) and file.colorinterp == (ColorInterp.palette,)
-                assert (file.read(1) == make_layer(place, selection, name).values).all()
-                assert [file.colormap(1)[i][:3] for i in range(9)] == [tuple(c) for c in DYNAMIC_WORLD.rgb().tolist()] and [file.tags(1)[f"CLASS_{i}"] for i in range(9)] == list(DYNAMIC_WORLD.names)
+                scheme, read = VERDICT if name == "probably wrong" else DYNAMIC_WORLD, file.read(1)
+                assert (read == make_layer(place, selection, name).values)[read != 255].all() and ((read == 255) == (place.label == 255)).all()
+                assert [file.colormap(1)[i][:3] for i in range(scheme.num_classes)] == [tuple(c) for c in scheme.rgb().tolist()] and [file.tags(1)[f"CLASS_{i}"] for i in range(scheme.num_classes)] == list(scheme.names)
                 if file.overviews(1):
                     small = file.read(1, out_shape=tuple(-(-n // 2) for n in shape))
                     assert set(np.unique(small)) <= set(np.unique(file.read(1)))          # overviews of classes hold classes
@@ -366,10 +367,18 @@ def test_a_transform_that_leads_nowhere_is_refused():
     with pytest.raises(DataError, match="leads to no place on the Earth"): footprint(place_of("EPSG:32632", (10.0, 0.0, 1e12, 0.0, -10.0, 1e12)))
 
 
+def test_what_is_probably_wrong_is_a_file_of_its_own(place, tmp_path):
+    path = export_geotiff(place, tmp_path)["probably wrong"]
+    suggested = corrected_labels(torch.from_numpy(place.label).long()[None], joint_belief(place.log_p))[0].numpy()
+    with rasterio.open(path) as file: found, colours, nodata = file.read(1), file.colormap(1), file.nodata
+    assert nodata == 255 and colours[1][:3] == (0xD5, 0x5E, 0x00) and set(np.unique(found)) == {0, 1, 255}
+    assert ((found == 255) == (place.label == 255)).all() and ((found == 1) == (suggested != place.label)).all()
+
+
 def test_a_place_is_exported_whole(place, tmp_path):
     folder = tmp_path / "maps"
     files = export_place(place, folder, when=("2020-06-01", datetime(2020, 8, 31, tzinfo=timezone.utc)))
-    names = {"item.json", *(f"{n}.{end}" for n in ("label", "suggested-label", "shares") for end in ("tif", "qml"))}
+    names = {"item.json", *(f"{n}.{end}" for n in ("label", "suggested-label", "probably-wrong", "shares") for end in ("tif", "qml"))}
     assert {p.name for p in folder.iterdir()} == names == {p.name for p in files.values()}
     with pytest.raises(ConfigError, match="is there already"): export_place(place, folder)
     (folder / "notes.txt").write_text("mine")
@@ -402,7 +411,7 @@ def test_a_stac_item_says_where_and_what(place, tmp_path):
     text = json.loads(files["item"].read_text("utf-8"))
     validate_dict({**text, "stac_extensions": []})                # the core's schemas come with pystac, the extensions' lie in the web
     item = pystac.Item.from_file(str(files["item"]))
-    assert item.datetime == datetime(2020, 7, 1, 8, 30, tzinfo=timezone.utc) and item.id == "here-season-2" and {a.href for a in item.assets.values()} == {"./label.tif", "./suggested-label.tif", "./shares.tif"}
+    assert item.datetime == datetime(2020, 7, 1, 8, 30, tzinfo=timezone.utc) and item.id == "here-season-2" and {a.href for a in item.assets.values()} == {"./label.tif", "./suggested-label.tif", "./probably-wrong.tif", "./shares.tif"}
     projection = ProjectionExtension.ext(item)
     assert (projection.epsg, projection.shape, tuple(projection.transform)) == (32632, [40, 52], place.transform)
     assert np.allclose(item.bbox, transform_bounds(place.crs, "EPSG:4326", *array_bounds(*place.shape, Affine(*place.transform)), densify_pts=21), atol=1e-6)
