@@ -46,8 +46,14 @@ class Watched:
         self.page = browser.new_page(viewport={"width": 1500, "height": 1250})
         self.foreign, self.errors = [], []
         self.page.on("request", lambda r: None if re.match(rf"(https?|wss?)://{HOST}[:/]|data:|blob:", r.url) else self.foreign.append(r.url))
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" and not any(k in m.text for k in KNOWN) else None)
+        self.page.on("console", self._note)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+
+    def _note(self, message):
+        "An error on the console, and where it comes from; a call of JupyterLab to its own server that a busy machine refuses is none of ours."
+        place = message.location.get("url", "")
+        own = any(k in message.text for k in KNOWN) or message.text.startswith("Failed to load resource") and re.search(r"/(lab/)?api/", place)
+        if message.type == "error" and not own: self.errors.append(f"{message.text} ({place})")
 
 
 def free_port():
